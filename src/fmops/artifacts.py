@@ -1,0 +1,213 @@
+"""The nouns: what stages hand to each other, as frozen models over files.
+
+Enters: a folder that a stage has filled. Leaves: a typed view of it, with paths to its parts.
+Refuses: unknown fields, so that an old reader never half-understands a new artifact.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Frozen(BaseModel):
+    """A value: immutable, and closed to unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Artifact(Frozen):
+    """What a stage leaves in its folder. `path` is where it lies here and is no part of its identity."""
+
+    kind: ClassVar[str]
+    path: Path = Field(exclude=True)
+
+
+class SourceFile(Frozen):
+    """One verified local file of a source."""
+
+    path: Path = Field(exclude=True, description="Where the file lies on this machine.")
+    name: str = Field(description="Stable name inside the source; identity and lineage use it, never the path.")
+    sha256: str
+    bytes: int
+
+
+class Source(Frozen):
+    """An outside input, resolved to verified local files."""
+
+    uri: str = Field(description="As the spec writes it.")
+    files: tuple[SourceFile, ...] = Field(description="In name order.")
+
+
+class Dropped(Frozen):
+    """Documents that one curation step removed or changed."""
+
+    step: str = Field(description="language, quality, exact-duplicate, near-duplicate, contaminated, unreadable, …")
+    documents: int
+    examples: tuple[str, ...] = Field(default=(), description="A few openings or reasons, redacted.")
+
+
+class Corpus(Artifact):
+    """Documents, curated, tokenised and packed.
+
+    Files: `train/*.parquet` (columns `input_ids`: list<int32>, `lengths`: list<int32>, the token count of each
+    document piece in the block, in order, summing to len(input_ids)); `held_out/new.jsonl` and `held_out/old.jsonl`
+    (rows `id`, `text`, `source`); `documents.jsonl` (one row a kept document: `id`, `source`, `sha256`, `tokens`).
+    """
+
+    kind: ClassVar[str] = "corpus"
+    documents: int
+    tokens: int = Field(description="Tokens in the training blocks.")
+    blocks: int
+    block_tokens: int = Field(description="Longest block, in tokens.")
+    replay_share: float = Field(description="Share of the training tokens that come from replay corpora.")
+    held_out_new: int = Field(description="Held-out documents of the train corpora.")
+    held_out_old: int = Field(description="Held-out documents of the replay corpora; 0 means no old domain is known.")
+    redactions: dict[str, int] = Field(default={}, description="Personal data replaced, by type.")
+    dropped: tuple[Dropped, ...] = ()
+    sources: dict[str, dict[str, float]] = Field(default={}, description="Per corpus: documents, tokens, weight.")
+
+    @property
+    def train_shards(self) -> list[Path]:
+        """Shards in reading order. Resuming depends on this order."""
+        return sorted((self.path / "train").glob("*.parquet"))
+
+
+class Conversations(Artifact):
+    """Dialogues for instruction tuning: `train.jsonl`, `held_out.jsonl` (rows `id`, `source`, `messages`)."""
+
+    kind: ClassVar[str] = "conversations"
+    conversations: int
+    held_out: int
+    redactions: dict[str, int] = {}
+    dropped: tuple[Dropped, ...] = ()
+
+
+class Preferences(Artifact):
+    """Pairs for alignment: `train.jsonl`, `held_out.jsonl`.
+
+    Rows: `id`, `source`, `prompt` (messages, the last one from the user), `chosen`, `rejected` (assistant text).
+    """
+
+    kind: ClassVar[str] = "preferences"
+    pairs: int
+    held_out: int
+    redactions: dict[str, int] = {}
+    dropped: tuple[Dropped, ...] = ()
+
+
+class Benchmarks(Artifact):
+    """The pinned evaluation items: `tasks.json` (lm-evaluation-harness task configs with suite and family),
+    and `items/<task>.jsonl` (the documents of each task). Curation decontaminates against all of them."""
+
+    kind: ClassVar[str] = "benchmarks"
+    items: dict[str, int] = Field(description="Items per task.")
+
+
+class Checkpoint(Artifact):
+    """Weights and tokenizer in `model/` (safetensors, Hugging Face layout), LoRA already merged.
+
+    Beside it: `curve.jsonl` (one row a logged step: `step`, `tokens`, `loss`, and at evaluations
+    `new_bits_per_byte`, `old_bits_per_byte`), `adapter/` where LoRA was trained.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+    stage: Literal["base", "pretrain", "instruct", "align"]
+    parameters: int
+    trained_tokens: int = Field(description="Tokens this stage trained on (those that carry loss).")
+    metrics: dict[str, float] = Field(default={}, description="First and last losses, bits per byte, tokens/s.")
+    licence: str | None = Field(default=None, description="As the base model states it.")
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face model folder."""
+        return self.path / "model"
+
+
+class Metric(Frozen):
+    """A score over samples, with its clustered standard error."""
+
+    suite: str
+    task: str
+    family: str
+    name: str = Field(description="acc, bits_per_byte, refusal, …")
+    value: float
+    standard_error: float | None
+    n: int
+    higher_is_better: bool
+
+
+class EvalReport(Artifact):
+    """Scores of one checkpoint: `samples.jsonl`, one row a sample and metric.
+
+    Rows: `family`, `suite`, `task`, `sample` (id), `cluster`, `metric`, `score` (float, oriented as measured),
+    `response` (text, where one was generated), `prompt_sha256`.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+    metrics: tuple[Metric, ...]
+    fingerprint: str = Field(description="Of items, prompts, template, engine, dtype, batch mode and seed; no weights.")
+
+
+class FamilyResult(Frozen):
+    """One family's paired comparison. Differences are oriented so that positive is better."""
+
+    family: str
+    n: int
+    clusters: int
+    difference: float = Field(description="Mean of challenger − champion.")
+    standard_error: float
+    lower: float = Field(description="Pessimistic end of the one-sided 1−α interval.")
+    upper: float = Field(description="Optimistic end of the one-sided 1−α interval.")
+    margin: float
+    minimum_detectable: float
+    verdict: Literal["non-inferior", "regressed", "undecided"]
+
+
+class GateDecision(Artifact):
+    """Promote, reject, or need more data: `decision.json`."""
+
+    kind: ClassVar[str] = "gate"
+    verdict: Literal["promote", "reject", "need more data"]
+    reasons: tuple[str, ...]
+    alpha: float
+    families: tuple[FamilyResult, ...]
+    improved: tuple[str, ...] = Field(default=(), description="Primary families with a significant gain (Holm).")
+
+
+class Parity(Frozen):
+    """Agreement of trainer and server on the probe prompts."""
+
+    passed: bool
+    prompts: int
+    engine: str
+    token_ids_equal: bool
+    template_equal: bool
+    greedy_equal: bool
+    max_logprob_difference: float
+    tolerance: float
+    reasons: tuple[str, ...] = ()
+
+
+class Release(Artifact):
+    """What may be served: `model/` (safetensors, tokenizer, template), `MODEL_CARD.md`, `parity.json`, `data.json`."""
+
+    kind: ClassVar[str] = "release"
+    name: str
+    parity: Parity
+    licence: str | None
+    verdict: str
+    facts: dict[str, Any] = Field(default={}, description="What the card states: base, tokens, scores, data list.")
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face model folder."""
+        return self.path / "model"
+
+
+KINDS: dict[str, type[Artifact]] = {
+    kind.kind: kind
+    for kind in (Corpus, Conversations, Preferences, Benchmarks, Checkpoint, EvalReport, GateDecision, Release)
+}

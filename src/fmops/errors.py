@@ -1,0 +1,58 @@
+"""Mistakes that the user can mend, and how a command ends.
+
+Enters: the wrong value, the choices, the remedy. Leaves: a message without traceback and an exit code.
+Refuses: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_REJECTED = 3
+EXIT_NEED_MORE_DATA = 4
+
+
+class FmopsError(Exception):
+    """Something the user can put right; the message names the value, the choices and the remedy."""
+
+    exit_code = EXIT_USAGE
+
+
+class StageFailed(FmopsError):
+    """A stage process ended without committing its artifact."""
+
+    exit_code = EXIT_FAILED
+
+
+class IntegrityError(FmopsError):
+    """A file is not what its digest says."""
+
+    exit_code = EXIT_FAILED
+
+
+class GateRejected(FmopsError):
+    """The gate found a regression beyond a margin, or evidence was missing."""
+
+    exit_code = EXIT_REJECTED
+
+
+class NeedMoreData(FmopsError):
+    """The gate could neither prove nor rule out a regression with the items it had."""
+
+    exit_code = EXIT_NEED_MORE_DATA
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the choice nearest to `value`, or an empty string."""
+    found = get_close_matches(value, list(choices), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def unknown(what: str, value: str, choices: Iterable[str]) -> FmopsError:
+    """An error for a name that is not one of `choices`, with the nearest one."""
+    known = sorted(choices)
+    return FmopsError(f"unknown {what} {value!r}.{nearest(value, known)} Known: {', '.join(known) or 'none'}.")

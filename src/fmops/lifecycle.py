@@ -1,0 +1,243 @@
+"""The spec: `lifecycle.yaml` as one typed model.
+
+Enters: a YAML file or keyword arguments. Leaves: a frozen `Lifecycle`, or every mistake at once, with its line.
+Refuses: unknown keys, wrong types, impossible combinations, duplicate keys, before anything runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from fmops.artifacts import Frozen
+from fmops.errors import FmopsError
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Uris = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple, json_schema_input_type=str | list[str]),
+    Field(min_length=1, description="One URI or a list: hf://, s3:// (any fsspec URL), pypi://, a path or a glob."),
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+Tuning = Literal["full", "lora"]
+
+FAMILIES = ("capability", "domain", "forgetting", "harm", "over-refusal", "bias")
+
+
+class CorpusSource(Frozen):
+    """Documents of one origin."""
+
+    source: Uris
+    role: Literal["train", "replay"] = Field(
+        "train", description="`replay` is the old domain: mixed in against forgetting, and its loss is watched."
+    )
+    weight: Share | None = Field(
+        None, description="Share of the training tokens. Left out: what the others leave, by size."
+    )
+    text_field: str = Field("text", description="The column or key that holds the text, in JSON Lines and Parquet.")
+
+
+class ExampleSource(Frozen):
+    """Conversations or preferences; the form (messages, alpaca, ShareGPT; prompt/chosen/rejected) is recognised."""
+
+    source: Uris
+
+
+class Data(Frozen):
+    """What the model learns from."""
+
+    corpora: dict[str, CorpusSource] = Field(default={}, description="By name.")
+    conversations: ExampleSource | None = None
+    preferences: ExampleSource | None = None
+
+
+class Curate(Frozen):
+    """How documents are chosen. Every removal is counted, with examples, in the corpus artifact."""
+
+    language: str | None = Field("en", description="ISO 639-1 code to keep; null keeps every language.")
+    min_characters: int = Field(200, ge=1, description="Shorter documents are dropped.")
+    quality: bool = Field(True, description="Drop documents that are mostly symbols, numbers or repeated lines.")
+    near_duplicate: Share = Field(0.8, description="Estimated Jaccard similarity from which a document is a duplicate.")
+    redact: bool = Field(True, description="Replace personal data and secrets before anything is written.")
+    held_out: Share = Field(0.1, description="Share of documents kept from training, up to 200 documents a domain.")
+    block_tokens: int = Field(1024, ge=64, description="Longest training sequence; documents never see each other.")
+
+
+class Pretrain(Frozen):
+    """Continued pretraining."""
+
+    framework: Literal["transformers"] = "transformers"
+    tokens: int = Field(ge=1, description="Tokens to train on; the one dial. Steps follow from it.")
+    tuning: Tuning = Field("full", description="`full` moves every weight; `lora` an adapter, merged at the end.")
+    learning_rate: Rate = Field(1e-4, description="Peak rate; warms up, stays, decays. The next round re-warms it.")
+    warmup: Share = Field(0.1, description="Share of the steps that warm up.")
+    decay: Share = Field(0.3, description="Share of the steps that decay to a tenth of the peak.")
+    batch_tokens: int = Field(2048, ge=64, description="Tokens an optimizer step sees.")
+    old_domain_ceiling: float | None = Field(
+        None, gt=0, description="Bits per byte by which the old domain's loss may rise; training stops at it."
+    )
+    evaluations: int = Field(4, ge=1, description="How often the held-out losses are measured, the end included.")
+    checkpoints: int = Field(4, ge=1, description="How often a resume state is written, spread evenly.")
+
+
+class Instruct(Frozen):
+    """Instruction tuning: loss on the assistant's tokens only."""
+
+    framework: Literal["trl"] = "trl"
+    method: Literal["sft"] = "sft"
+    adapter: Tuning = Field("lora", description="`lora` trains an adapter and merges it; `full` moves every weight.")
+    rank: int = Field(16, ge=1, description="LoRA rank; scale is twice the rank.")
+    learning_rate: Rate | None = Field(None, description="Peak rate. Left out: 2e-4 for LoRA, 2e-5 for full.")
+    epochs: float = Field(1.0, gt=0)
+    max_tokens: int | None = Field(None, ge=1, description="Stop after so many tokens, whatever the epochs say.")
+    batch_tokens: int = Field(2048, ge=64, description="Tokens an optimizer step sees.")
+    block_tokens: int = Field(1024, ge=64, description="Longest packed sequence; longer dialogues are refused.")
+    checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
+
+
+class Align(Frozen):
+    """Alignment to preferences."""
+
+    framework: Literal["trl"] = "trl"
+    method: Literal["dpo"] = "dpo"
+    adapter: Tuning = Field("lora", description="`lora` trains an adapter and merges it; `full` moves every weight.")
+    rank: int = Field(16, ge=1, description="LoRA rank; scale is twice the rank.")
+    learning_rate: Rate | None = Field(None, description="Peak rate. Left out: 1e-4 for LoRA, 1e-6 for full.")
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+    epochs: float = Field(1.0, gt=0)
+    max_pairs: int | None = Field(None, ge=1, description="Use so many pairs at most, in seeded order.")
+    batch_pairs: int = Field(8, ge=1, description="Pairs an optimizer step sees.")
+    max_tokens: int = Field(512, ge=16, description="Longest prompt with answer, in tokens; longer pairs are refused.")
+    checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
+
+
+class Evaluate(Frozen):
+    """What is measured, of the base, after pretraining and after finetuning."""
+
+    suites: tuple[str, ...] = Field(
+        ("capability", "domain", "forgetting", "harm", "over-refusal", "bias"),
+        min_length=1,
+        description="Suite names, or paths to suite files.",
+    )
+    limit: int | None = Field(None, ge=2, description="Items a task, chosen by seed; left out: all.")
+
+    @field_validator("suites")
+    @classmethod
+    def _each_once(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in suites if suites.count(name) > 1})
+        if twice:
+            raise ValueError(f"suites named twice: {', '.join(twice)}. Name each once")
+        return suites
+
+
+class Gate(Frozen):
+    """What may go on. The bad promotion is the type-I error (STATISTICS in the docs)."""
+
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    margins: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Tolerated loss by family, in the family's own unit. Left out: the suite's own margin."
+    )
+    primary: tuple[str, ...] = Field(
+        ("domain",), description="Families of which at least one must improve; [] asks for no regression only."
+    )
+
+
+class Serve(Frozen):
+    """How the champion is served."""
+
+    engine: Literal["auto", "transformers"] = "auto"
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
+    max_tokens: int = Field(2048, ge=1, description="Most tokens a request may hold, prompt and answer together.")
+
+
+class Runtime(Frozen):
+    """How it runs here. No part of any artifact's identity."""
+
+    threads: int | None = Field(None, ge=1, description="Left out: every core this process may use.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of training arithmetic; `auto` measures once and takes bfloat16 where it is faster."
+    )
+
+
+class Lifecycle(Frozen):
+    """One foundation model's whole life. A stage that is left out is skipped."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Lower-case letters, digits, hyphens.")
+    base: str = Field(description="The model to start from: pypi://…gguf, hf://owner/name@revision, s3://…, a path.")
+    seed: int = Field(0, ge=0)
+    data: Data = Data()
+    curate: Curate = Curate()
+    pretrain: Pretrain | None = None
+    instruct: Instruct | None = None
+    align: Align | None = None
+    evaluate: Evaluate | None = None
+    gate: Gate | None = None
+    serve: Serve = Serve()
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Lifecycle:
+        for problem in _impossible(self):
+            raise ValueError(problem)
+        return self
+
+
+def _impossible(spec: Lifecycle) -> list[str]:
+    """Combinations that could not run, each with its remedy."""
+    corpora = spec.data.corpora
+    train = [name for name, corpus in corpora.items() if corpus.role == "train"]
+    replay = [name for name, corpus in corpora.items() if corpus.role == "replay"]
+    suites = set(spec.evaluate.suites) if spec.evaluate else set()
+    problems = []
+    if spec.pretrain and not train:
+        problems.append("pretrain needs a corpus with role train. Add one under data.corpora, or leave pretrain out")
+    if spec.pretrain and spec.pretrain.old_domain_ceiling and not replay:
+        problems.append(
+            "pretrain.old_domain_ceiling needs a corpus with role replay: it is the old domain. Add one, or drop it"
+        )
+    if spec.pretrain and spec.pretrain.warmup + spec.pretrain.decay > 1:
+        problems.append(
+            f"pretrain.warmup {spec.pretrain.warmup} and decay {spec.pretrain.decay} exceed the whole run. "
+            "Their sum may be at most 1"
+        )
+    if spec.instruct and not spec.data.conversations:
+        problems.append("instruct needs data.conversations. Name a source, or leave instruct out")
+    if spec.align and not spec.data.preferences:
+        problems.append("align needs data.preferences. Name a source, or leave align out")
+    if spec.gate and not spec.evaluate:
+        problems.append("gate needs evaluate: without scores nothing can be promoted. Add evaluate, or drop gate")
+    if "domain" in suites and not train:
+        problems.append("the suite domain is made from held-out documents. Add a corpus with role train, or drop it")
+    if sum(corpus.weight or 0 for corpus in corpora.values()) > 1:
+        problems.append("the weights under data.corpora sum to more than 1. Each is a share of the training tokens")
+    if corpora and all(corpus.weight for corpus in corpora.values()):
+        total = sum(corpus.weight or 0 for corpus in corpora.values())
+        if abs(total - 1) > 1e-6:
+            problems.append(f"every corpus has a weight, and they sum to {total:g}. Make them sum to 1, or omit one")
+    return problems
+
+
+def read_lifecycle(path: Path) -> Lifecycle:
+    """Read a spec file.
+
+    Raises:
+        FmopsError: names every mistake with its line, the nearest valid key and the remedy.
+    """
+    from fmops.yaml_lines import parse_yaml
+
+    if not path.is_file():
+        raise FmopsError(f"no spec at {path}. Write one with `fmops init`, or name another with --spec.")
+    document = parse_yaml(path)
+    try:
+        return Lifecycle.model_validate(document.value)
+    except ValidationError as error:
+        problems = [document.explain(item, Lifecycle) for item in error.errors(include_url=False)]
+        raise FmopsError("\n".join(dict.fromkeys(problems))) from None

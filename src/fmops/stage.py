@@ -1,0 +1,103 @@
+"""The stage contract: a verb over files, in a process of its own.
+
+Enters: typed config, input artifacts and sources, an empty or half-filled folder. Leaves: one artifact in that folder.
+Refuses: to know any framework; the function behind a stage is imported only where it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, TextIO
+
+from fmops.artifacts import (
+    Artifact,
+    Benchmarks,
+    Checkpoint,
+    Conversations,
+    Corpus,
+    EvalReport,
+    GateDecision,
+    Preferences,
+    Release,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One room's verb.
+
+    `function` is `module:name`; it is called as
+    `function(config, *, <inputs by name>, out: Path, context: StageContext) -> Artifact`, is pure but for files under
+    `out`, and finds its own resume state there when it was killed before.
+    """
+
+    name: str
+    function: str
+    output: type[Artifact]
+    version: int = 1
+    """Raised when the same config and inputs would give another artifact; part of the fingerprint."""
+
+    def load(self) -> Callable[..., Artifact]:
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Artifact] = getattr(import_module(module), name)
+        return function
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
+        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks),
+        Stage("curate", "fmops.data.curate:curate", Corpus),
+        Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations),
+        Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences),
+        Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint),
+        Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint),
+        Stage("align", "fmops.finetuning.align:align", Checkpoint),
+        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport),
+        Stage("gate", "fmops.evaluation.gate:gate", GateDecision),
+        Stage("release", "fmops.deployment.release:release", Release),
+    )
+}
+
+
+@dataclass
+class StageContext:
+    """What a stage may know beside its inputs: seed, threads, precision, and where to report.
+
+    Reports are JSON lines: {"event": "progress"|"metrics"|"note", …}. The parent draws progress bars and logs metrics
+    to the tracker from them; a stage run by hand prints them.
+    """
+
+    seed: int = 0
+    threads: int = 1
+    precision: str = "float32"
+    """`auto`, `float32` or `bfloat16`: training arithmetic (runtime, no identity)."""
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+    clock: Callable[[], float] = time.monotonic
+    _last_progress: float = field(default=-1e9, repr=False)
+
+    def progress(self, done: float, total: float, *, unit: str, **shown: float) -> None:
+        """Report how far the stage is (at most ten lines a second); `shown` are figures to show beside the bar."""
+        now = self.clock()
+        if done < total and now - self._last_progress < 0.1:
+            return
+        self._last_progress = now
+        self._emit({"event": "progress", "done": done, "total": total, "unit": unit, "shown": shown})
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Report numbers at a step, for the tracker and the report's curves."""
+        self._emit({"event": "metrics", "step": step, "values": values})
+
+    def note(self, text: str) -> None:
+        """Say one thing that a person should read."""
+        self._emit({"event": "note", "text": text})
+
+    def _emit(self, event: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(event) + "\n")
+        self.stream.flush()
