@@ -1,0 +1,34 @@
+"""Fixtures that every kind of test shares: a real, tiny model; a silent stage context."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "quickstart"))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers share two cores; more threads each would only make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a small random Llama and its tokenizer. Read only."""
+    from tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def context():
+    """A stage context whose reports are kept in `context.stream`."""
+    from fmops.stage import StageContext
+
+    return StageContext(stream=io.StringIO())
