@@ -1,0 +1,24 @@
+"""Named places where a test may kill this process, as a power cut would.
+
+Enters: FMOPS_FAULT=site:n in the environment. Leaves: nothing; the n-th visit to the site is SIGKILL.
+Refuses: to do anything when the variable is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+_visits: Counter[str] = Counter()
+
+
+def fault_site(name: str) -> None:
+    """Die here when the test asks for it; otherwise cost nothing."""
+    wanted = os.environ.get("FMOPS_FAULT")
+    if not wanted:
+        return
+    site, _, visit = wanted.partition(":")
+    _visits[name] += 1
+    if site == name and _visits[name] == int(visit or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
