@@ -1,0 +1,62 @@
+"""One writer at a time, by file locks that die with their holder.
+
+Enters: a lock path. Leaves: exclusive possession while the context lasts, or an error that says who has it.
+Refuses: to wait for ever. A lock of a dead process is free at once, since the kernel drops it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fmops.errors import FmopsError
+
+
+@contextmanager
+def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock at `path`.
+
+    Raises:
+        FmopsError: another process holds it after `wait_s` seconds; names its pid, host, command and start.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as stream:
+        deadline = time.monotonic() + wait_s
+        while not _try_lock(stream.fileno()):
+            if time.monotonic() >= deadline:
+                raise FmopsError(_held(path))
+            time.sleep(0.02)
+        stream.seek(0)
+        stream.truncate()
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": _now()}
+        stream.write(json.dumps(holder))
+        stream.flush()
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _held(path: Path) -> str:
+    text = path.read_text()
+    holder = json.loads(text) if text else {}
+    who = (
+        f"pid {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})" if holder else "another process"
+    )
+    return f"{path.parent} is held by {who}. Wait until it ends, or stop it; two writers would mix their work."
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,302 @@
+"""Content-addressed artifacts in a workspace folder.
+
+Enters: a folder that a stage has filled, and the record that describes it. Leaves: committed, verified artifacts.
+Refuses: to overwrite, to load what fails its digest, and to move an alias that somebody else has moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fmops.artifacts import KINDS, Artifact, Frozen, Source
+from fmops.errors import FmopsError, IntegrityError
+from fmops.faults import fault_site
+from fmops.locks import locked
+
+RECORD = "record.json"
+WORK = ".work"
+"""Scratch and resume state inside an artifact folder; gone when the record is written."""
+
+
+class FileEntry(Frozen):
+    """One file of an artifact."""
+
+    sha256: str
+    bytes: int
+
+
+class InputRef(Frozen):
+    """What went into an artifact."""
+
+    kind: Literal["artifact", "source"]
+    ref: str = Field(description="Artifact key (`stage-fingerprint16`) or source URIs.")
+    digest: str = Field(description="Of the content; this is what the fingerprint sees.")
+
+
+class Record(Frozen):
+    """Why an artifact is what it is. Written last: a folder without it does not exist."""
+
+    node: str
+    stage: str
+    kind: str
+    version: int
+    fingerprint: str
+    digest: str
+    seed: int
+    config: dict[str, Any]
+    inputs: dict[str, InputRef]
+    files: dict[str, FileEntry]
+    artifact: dict[str, Any]
+    environment: dict[str, Any] = {}
+    cost: dict[str, float] = Field(default={}, description="wall_s, cpu_s, peak_bytes of the attempt that finished.")
+    created: str = Field(description="UTC, ISO 8601.")
+
+    @property
+    def key(self) -> str:
+        """Folder name in the store."""
+        return artifact_key(self.stage, self.fingerprint)
+
+
+class AliasMove(Frozen):
+    """One move of an alias."""
+
+    alias: str
+    before: str | None
+    after: str
+    why: str
+    moved: str
+
+
+def artifact_key(stage: str, fingerprint: str) -> str:
+    """Folder name of an artifact: stage and the first 16 digits of its fingerprint."""
+    return f"{stage}-{fingerprint[:16]}"
+
+
+def fingerprint_of(*, stage: str, version: int, seed: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Hash of everything that decides an artifact's content; `inputs` maps names to content digests."""
+    return _hash_json({"stage": stage, "version": version, "seed": seed, "config": config, "inputs": inputs})
+
+
+def source_digest(source: Source) -> str:
+    """Hash of a source's file names and contents, in name order."""
+    return _hash_json([[file.name, file.sha256] for file in source.files])
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Store:
+    """A workspace: `artifacts/`, `runs/`, `quarantine/`, `aliases.json`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.artifacts = root / "artifacts"
+        self.runs = root / "runs"
+
+    def folder(self, stage: str, fingerprint: str) -> Path:
+        """Where an artifact lies, or will lie once it is made."""
+        return self.artifacts / artifact_key(stage, fingerprint)
+
+    def find(self, stage: str, fingerprint: str) -> Record | None:
+        """The committed record, or None."""
+        return self._read(self.folder(stage, fingerprint))
+
+    def by_key(self, key: str) -> Record:
+        """The one record whose key or fingerprint starts with `key`.
+
+        Raises:
+            FmopsError: none or several match.
+        """
+        found = [record for record in self.records() if record.key.startswith(key) or record.fingerprint.startswith(key)]
+        found = found or [record for record in self.records() if record.node == key][-1:]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            known = ", ".join(sorted({record.key for record in self.records()})) or "none yet"
+            raise FmopsError(f"no artifact {key!r} in {self.root}. Known: {known}.")
+        raise FmopsError(f"{key!r} fits {len(found)} artifacts: {', '.join(r.key for r in found)}. Give more of it.")
+
+    def records(self) -> list[Record]:
+        """Every committed record, oldest first."""
+        found = [self._read(folder) for folder in self.artifacts.glob("*")] if self.artifacts.is_dir() else []
+        return sorted((record for record in found if record), key=lambda record: (record.created, record.key))
+
+    def load(self, record: Record) -> Artifact:
+        """The typed artifact behind a record. Files are not verified here; see `verify`."""
+        return KINDS[record.kind].model_validate(
+            {**record.artifact, "path": self.folder(record.stage, record.fingerprint)}
+        )
+
+    def commit(self, record: Record) -> None:
+        """Make an artifact exist: its files are on disk before its record is, and the record appears whole or not."""
+        folder = self.folder(record.stage, record.fingerprint)
+        for name in record.files:
+            _sync(folder / name)
+        for sub in {(folder / name).parent for name in record.files} | {folder}:
+            _sync(sub)
+        fault_site("commit-before-record")
+        write_atomically(folder / RECORD, record.model_dump_json(indent=1) + "\n")
+        fault_site("commit-after-record")
+        _sync(self.artifacts)
+
+    def intact(self, record: Record) -> str | None:
+        """None if every file is what the record says, else the first fault.
+
+        Files that nobody touched since they were last verified are not read again: a file's change time cannot be set
+        back, and the record's own time moves forward with each verification.
+        """
+        folder = self.folder(record.stage, record.fingerprint)
+        verified_ns = (folder / RECORD).stat().st_mtime_ns
+        reread = False
+        for name, entry in record.files.items():
+            path = folder / name
+            if not path.is_file() or path.is_symlink():
+                return f"{name} is missing"
+            status = path.stat()
+            if status.st_size != entry.bytes:
+                return f"{name} has {status.st_size} bytes, its record says {entry.bytes}"
+            if max(status.st_ctime_ns, status.st_mtime_ns) >= verified_ns:
+                reread = True
+                if hash_file(path) != entry.sha256:
+                    return f"{name} differs from its digest {entry.sha256[:12]}…"
+        if reread:
+            os.utime(folder / RECORD)
+        return None
+
+    def verify(self, record: Record) -> None:
+        """Read every file of an artifact again.
+
+        Raises:
+            IntegrityError: names the file and the remedy.
+        """
+        folder = self.folder(record.stage, record.fingerprint)
+        for name, entry in record.files.items():
+            path = folder / name
+            if not path.is_file() or hash_file(path) != entry.sha256:
+                raise IntegrityError(
+                    f"{record.key}/{name} is not what its record says (sha256 {entry.sha256[:12]}…). "
+                    "`fmops run` sets the artifact aside and makes it again."
+                )
+
+    def quarantine(self, record: Record) -> Path:
+        """Move a damaged artifact out of the way, keeping it for inspection."""
+        target = self.root / "quarantine" / f"{record.key}-{time.time_ns()}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.folder(record.stage, record.fingerprint).rename(target)
+        return target
+
+    def aliases(self) -> dict[str, str]:
+        """Alias → artifact key, as of now."""
+        path = self.root / "aliases.json"
+        moved: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+        return moved
+
+    def move_aliases(self, targets: Mapping[str, str], *, expected: Mapping[str, str | None], why: str) -> None:
+        """Point aliases at artifacts, all or none, if each in `expected` still points where the caller last saw it.
+
+        Raises:
+            FmopsError: somebody moved one in between; nothing is changed.
+        """
+        with locked(self.root / "aliases.lock", wait_s=10):
+            now = self.aliases()
+            for alias, seen in expected.items():
+                if now.get(alias) != seen:
+                    raise FmopsError(
+                        f"alias {alias!r} points at {now.get(alias) or 'nothing'}, expected {seen or 'nothing'}: "
+                        f"somebody moved it meanwhile. Look with `fmops status`, then try again."
+                    )
+            stamp = utc_now()
+            with (self.root / "aliases.jsonl").open("a") as log:
+                for alias, after in targets.items():
+                    move = AliasMove(alias=alias, before=now.get(alias), after=after, why=why, moved=stamp)
+                    log.write(move.model_dump_json() + "\n")
+            write_atomically(self.root / "aliases.json", json.dumps({**now, **targets}, indent=1) + "\n")
+
+    @staticmethod
+    def _read(folder: Path) -> Record | None:
+        path = folder / RECORD
+        if not path.is_file():
+            return None
+        try:
+            return Record.model_validate_json(path.read_bytes())
+        except ValueError as error:
+            raise IntegrityError(
+                f"{path} is not a record: {error}. Move the folder {folder.name} away; `fmops run` makes it again."
+            ) from None
+
+
+def file_entries(folder: Path) -> dict[str, FileEntry]:
+    """Digest every file of an artifact folder, in name order; scratch is left out.
+
+    Raises:
+        IntegrityError: a symbolic link, which could point anywhere later.
+    """
+    entries = {}
+    for path in _files(folder):
+        if path.is_symlink():
+            raise IntegrityError(f"{path} is a symbolic link; an artifact holds plain files only.")
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=hash_file(path), bytes=path.stat().st_size)
+    return entries
+
+
+def content_digest(files: Mapping[str, FileEntry]) -> str:
+    """Hash of file names and contents: the identity of what an artifact holds."""
+    return _hash_json([[name, files[name].sha256] for name in sorted(files)])
+
+
+def discard_work(folder: Path) -> None:
+    """Remove scratch and resume state of a finished stage."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, even through a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def utc_now(clock: Callable[[], float] = time.time) -> str:
+    """The time in UTC, ISO 8601, to the microsecond, so that records sort in the order they were made."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(clock(), UTC).isoformat(timespec="microseconds")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if relative.parts[0] == WORK or relative.as_posix() == RECORD or path.name.endswith(".tmp"):
+            continue
+        if path.is_symlink() or path.is_file():
+            yield path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash_json(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""YAML that remembers its lines, so that every mistake in a spec can be pointed at.
+
+Enters: a YAML file. Leaves: plain values, and a line for each key path.
+Refuses: duplicate keys, syntax errors, tags that build objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from fmops.errors import FmopsError, nearest
+
+Location = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class YamlDocument:
+    """Values of a YAML file, and the line of each key path."""
+
+    path: Path
+    value: Any
+    lines: dict[Location, int]
+
+    def line(self, location: Location) -> int:
+        """The line of a key, or of the nearest key around it."""
+        while location and location not in self.lines:
+            location = location[:-1]
+        return self.lines.get(location, 1)
+
+    def explain(self, error: Mapping[str, Any], model: type[BaseModel]) -> str:
+        """One validation error as `file:line: what is wrong, with the nearest valid name`."""
+        location: Location = tuple(part for part in error["loc"] if not str(part).startswith(("function-", "tuple[")))
+        where = f"{self.path.name}:{self.line(location)}"
+        name = ".".join(str(part) for part in location)
+        if error["type"] == "extra_forbidden":
+            known = _fields_at(model, location[:-1])
+            key = str(location[-1])
+            inside = f" in {'.'.join(map(str, location[:-1]))}" if location[:-1] else ""
+            return f"{where}: unknown key {key!r}{inside}.{nearest(key, known)} Known: {', '.join(known)}."
+        if error["type"] == "missing":
+            return f"{where}: {name} is missing."
+        message = str(error["msg"]).removeprefix("Value error, ")
+        if not name:
+            return f"{where}: {message}."
+        choices = error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
+        hint = nearest(str(error["input"]), choices) if error["type"] == "literal_error" else ""
+        return f"{where}: {name}: {message}, got {error['input']!r}.{hint}"
+
+
+def parse_yaml(path: Path) -> YamlDocument:
+    """Read one YAML mapping.
+
+    Raises:
+        FmopsError: syntax error, duplicate key or a document that is no mapping, with its line.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise FmopsError(f"{path.name}:{line}: not valid YAML: {error.problem}.") from None
+    except UnicodeDecodeError as error:
+        raise FmopsError(f"{path.name}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise FmopsError(f"{path.name}:1: a spec is a mapping of keys to values. `fmops init` writes one to start from.")
+    lines: dict[Location, int] = {}
+    _index(root, (), lines, path)
+    loader = yaml.SafeLoader("")
+    try:
+        value = loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise FmopsError(f"{path.name}:{line}: {error.problem}. A spec holds plain values only.") from None
+    return YamlDocument(path=path, value=value, lines=lines)
+
+
+def _index(node: yaml.Node, at: Location, lines: dict[Location, int], path: Path) -> None:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            location = (*at, key.value)
+            if location in lines:
+                raise FmopsError(
+                    f"{path.name}:{key.start_mark.line + 1}: key {key.value!r} stands twice; "
+                    f"first on line {lines[location]}. Keep one."
+                )
+            lines[location] = key.start_mark.line + 1
+            _index(value, location, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _index(item, (*at, number), lines, path)
+
+
+def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
+    """Names of the fields of the model that lies at `location`."""
+    current: type[BaseModel] | None = model
+    value_type: Any = None
+    for part in location:
+        if current is not None and str(part) in current.model_fields:
+            value_type = current.model_fields[str(part)].annotation
+        elif value_type is not None:
+            value_type = get_args(value_type)[-1]
+        current = _model_in(value_type)
+    return sorted(current.model_fields) if current else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if getattr(annotation, "__origin__", None) is dict:
+        return None
+    found = [_model_in(part) for part in get_args(annotation)]
+    return next((model for model in found if model), None)
