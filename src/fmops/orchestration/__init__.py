@@ -1,0 +1,1 @@
+"""From the spec to runs: graph, plan, launch, lineage, tracking."""

@@ -1,0 +1,161 @@
+"""The stage process: runs one stage here and commits its artifact.
+
+Enters: a project and a node whose inputs are committed. Leaves: the record, written last; reports as JSON lines.
+Refuses: damaged inputs, a second writer in the same folder, a fingerprint other than the one asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from fmops.artifacts import Artifact, Source
+from fmops.environment import describe_environment
+from fmops.errors import EXIT_FAILED, FmopsError
+from fmops.locks import locked
+from fmops.orchestration.plan import Step
+from fmops.orchestration.project import Project
+from fmops.stage import StageContext
+from fmops.store import Record, content_digest, discard_work, file_entries, utc_now
+
+PARENT = "FMOPS_PARENT_PID"
+
+
+def execute(project: Project, name: str, *, fingerprint: str | None, stream: TextIO) -> Record:
+    """Run the stage of node `name` and commit what it makes; a committed artifact is returned as it is.
+
+    Raises:
+        FmopsError: an input is missing or damaged, or the plan no longer gives `fingerprint`.
+    """
+    planner = project.planner()
+    step = planner.plan()[name]
+    if step.fingerprint is None or step.inputs is None:
+        raise FmopsError(f"stage {name!r} cannot run yet: {step.reason}. `fmops run` runs what comes before it.")
+    if fingerprint and step.fingerprint != fingerprint:
+        raise FmopsError(
+            f"stage {name!r} would now make {step.fingerprint[:16]}, not {fingerprint[:16]}: the spec, a source or the "
+            "package changed while the run was going on. Start `fmops run` again."
+        )
+    if step.record:
+        return step.record
+    out = project.store.folder(step.node.stage.name, step.fingerprint)
+    with locked(project.store.root / "locks" / out.name, wait_s=10):
+        out.mkdir(parents=True, exist_ok=True)
+        inputs = {**_artifacts(project, step), **_sources(step, planner.sources)}
+        context = StageContext(
+            seed=project.spec.seed,
+            threads=project.threads,
+            precision=project.spec.runtime.precision,
+            stream=stream,
+        )
+        started, cpu = time.monotonic(), _cpu_seconds()
+        artifact = step.node.stage.load()(step.node.config, **inputs, out=out, context=context)
+        discard_work(out)
+        record = _record(project, step, artifact, wall_s=time.monotonic() - started, cpu_s=_cpu_seconds() - cpu)
+        project.store.commit(record)
+    return record
+
+
+def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerprint: str | None) -> int:
+    """`fmops stage`: run one stage and report on standard output; returns the exit code.
+
+    Whatever libraries print goes to standard error, so that the reports stay readable by the parent.
+    """
+    _die_with_parent()
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        record = execute(
+            Project.open(spec, workspace=workspace), name, fingerprint=fingerprint, stream=stream
+        )
+    except FmopsError as error:
+        return _report_failure(stream, str(error), error.exit_code)
+    except MemoryError:
+        return _report_failure(stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_FAILED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = error.filename or (workspace or spec.parent)
+        free = shutil.disk_usage(spec.resolve().parent).free
+        return _report_failure(
+            stream,
+            f"disk full while writing {where} ({free / 1e6:.0f} MB free). Free some space and run again: "
+            "finished stages and good checkpoints are kept.",
+            EXIT_FAILED,
+        )
+    stream.write(json.dumps({"event": "finished", "fingerprint": record.fingerprint, "cost": record.cost}) + "\n")
+    stream.flush()
+    return 0
+
+
+def _artifacts(project: Project, step: Step) -> dict[str, Artifact]:
+    found = {}
+    for parameter, ref in (step.inputs or {}).items():
+        if ref.kind == "artifact":
+            record = project.store.by_key(ref.ref)
+            project.store.verify(record)
+            found[parameter] = project.store.load(record)
+    return found
+
+
+def _sources(step: Step, sources: Any) -> dict[str, Source]:
+    return {parameter: sources[uris] for parameter, uris in step.node.sources.items()}
+
+
+def _record(project: Project, step: Step, artifact: Artifact, *, wall_s: float, cpu_s: float) -> Record:
+    assert step.fingerprint is not None
+    files = file_entries(artifact.path)
+    node = step.node
+    return Record(
+        node=node.name,
+        stage=node.stage.name,
+        kind=artifact.kind,
+        version=node.stage.version,
+        fingerprint=step.fingerprint,
+        digest=content_digest(files),
+        seed=project.spec.seed,
+        config=node.config.model_dump(mode="json"),
+        inputs=step.inputs or {},
+        files=files,
+        artifact=artifact.model_dump(mode="json"),
+        environment=describe_environment(project.spec_path.parent, threads=project.threads),
+        cost={
+            "wall_s": round(wall_s, 3),
+            "cpu_s": round(cpu_s, 3),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+        created=utc_now(),
+    )
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _report_failure(stream: TextIO, text: str, code: int) -> int:
+    stream.write(json.dumps({"event": "failed", "error": text, "code": code}) + "\n")
+    stream.flush()
+    return code
+
+
+def _die_with_parent() -> None:
+    """End with the run that started this process: a stage without a parent would write beside the next one."""
+    expected = os.environ.get(PARENT)
+    if not expected or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    with suppress(OSError):
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(expected):
+        os.kill(os.getpid(), signal.SIGKILL)

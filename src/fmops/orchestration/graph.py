@@ -1,0 +1,145 @@
+"""The spec as a graph of stages.
+
+Enters: a `Lifecycle`. Leaves: nodes in the order they run, each with its config, its inputs and why it is there.
+Refuses: nothing; the spec has been validated before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fmops.artifacts import Frozen
+from fmops.jobs import BenchmarksJob, CurateJob, EvaluateJob, ExampleJob, ImportJob, ReleaseJob
+from fmops.lifecycle import ExampleSource, Lifecycle
+from fmops.stage import STAGES, Stage
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage with everything that it is given."""
+
+    name: str
+    stage: Stage
+    config: Frozen
+    artifacts: dict[str, str] = field(default_factory=dict)
+    """Parameter → name of the node whose artifact it receives."""
+    sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameter → URIs that are resolved to files before the stage runs."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in an order in which each comes after its inputs."""
+
+    spec: Lifecycle
+    root: Path
+    nodes: dict[str, Node]
+
+    def downstream(self, name: str) -> list[str]:
+        """Nodes that use the artifact of `name`, directly or through others, in order."""
+        reached = {name}
+        for node in self.nodes.values():
+            if reached & set(node.artifacts.values()):
+                reached.add(node.name)
+        return [other for other in self.nodes if other in reached and other != name]
+
+
+def build(spec: Lifecycle, root: Path) -> Graph:
+    """Make the graph of a spec whose relative paths start at `root`."""
+    builder = _Builder(spec, root)
+    builder.prepare()
+    checkpoint, report = builder.train()
+    builder.decide(checkpoint, report)
+    return Graph(spec=spec, root=root, nodes=builder.nodes)
+
+
+class _Builder:
+    """Adds nodes in the order of the lifecycle; a part that the spec lacks stays None and is passed to nobody."""
+
+    def __init__(self, spec: Lifecycle, root: Path) -> None:
+        self.spec, self.root = spec, root
+        self.nodes: dict[str, Node] = {}
+        self.benchmarks: str | None = None
+        self.corpus: str | None = None
+        self.conversations: str | None = None
+        self.preferences: str | None = None
+        self.base_report: str | None = None
+
+    def add(self, name: str, stage: str, config: Frozen, sources: dict[str, tuple[str, ...]], **given: str | None) -> str:
+        artifacts = {parameter: node for parameter, node in given.items() if node}
+        self.nodes[name] = Node(name=name, stage=STAGES[stage], config=config, artifacts=artifacts, sources=sources)
+        return name
+
+    def prepare(self) -> None:
+        """Base model, benchmarks, corpus: what everything else stands on."""
+        spec = self.spec
+        self.add("base", "import", ImportJob(), {"source": (spec.base,)})
+        if spec.evaluate:
+            from fmops.evaluation.suites import suite_sources
+
+            pinned = {name: (uri,) for name, uri in suite_sources(spec.evaluate.suites, root=self.root).items()}
+            job = BenchmarksJob(suites=spec.evaluate.suites, limit=spec.evaluate.limit)
+            self.benchmarks = self.add("benchmarks", "benchmarks", job, pinned)
+        if spec.data.corpora:
+            tokens = spec.pretrain.tokens if spec.pretrain else None
+            curate = CurateJob(curate=spec.curate, corpora=spec.data.corpora, tokens=tokens)
+            sources = {f"corpus_{name}": item.source for name, item in spec.data.corpora.items()}
+            self.corpus = self.add("corpus", "curate", curate, sources, base="base", benchmarks=self.benchmarks)
+        self.base_report = self.evaluate("base", name="evaluate-base")
+
+    def evaluate(self, checkpoint: str, *, name: str) -> str | None:
+        if not self.spec.evaluate:
+            return None
+        job = EvaluateJob(limit=self.spec.evaluate.limit)
+        return self.add(
+            name, "evaluate", job, {}, checkpoint=checkpoint, benchmarks=self.benchmarks, corpus=self.corpus
+        )
+
+    def train(self) -> tuple[str, str | None]:
+        """Pretraining, instruction tuning, alignment; returns the last checkpoint and its report."""
+        spec = self.spec
+        checkpoint, report = "base", self.base_report
+        if spec.pretrain:
+            checkpoint = self.add("pretrain", "pretrain", spec.pretrain, {}, checkpoint=checkpoint, corpus=self.corpus)
+            report = self.evaluate(checkpoint, name="evaluate-pretrain")
+        if spec.instruct and spec.data.conversations:
+            self.conversations = self._examples(
+                "conversations", spec.data.conversations, max_tokens=spec.instruct.block_tokens
+            )
+            checkpoint = self.add(
+                "instruct", "instruct", spec.instruct, {}, checkpoint=checkpoint, conversations=self.conversations
+            )
+        if spec.align and spec.data.preferences:
+            self.preferences = self._examples("preferences", spec.data.preferences, max_tokens=spec.align.max_tokens)
+            checkpoint = self.add(
+                "align", "align", spec.align, {}, checkpoint=checkpoint, preferences=self.preferences
+            )
+        if checkpoint not in ("base", "pretrain"):
+            report = self.evaluate(checkpoint, name="evaluate-candidate")
+        return checkpoint, report
+
+    def _examples(self, stage: str, source: ExampleSource, *, max_tokens: int) -> str:
+        curate = self.spec.curate
+        job = ExampleJob(redact=curate.redact, held_out=curate.held_out, max_tokens=max_tokens)
+        return self.add(stage, stage, job, {"source": source.source}, base="base", benchmarks=self.benchmarks)
+
+    def decide(self, checkpoint: str, report: str | None) -> None:
+        """The gate, when there is a candidate to judge, and the release."""
+        gate = None
+        if self.spec.gate and report != self.base_report:
+            gate = self.add("gate", "gate", self.spec.gate, {}, champion=self.base_report, challenger=report)
+        self.add(
+            "release",
+            "release",
+            ReleaseJob(name=self.spec.name),
+            {},
+            checkpoint=checkpoint,
+            base="base",
+            gate=gate,
+            champion_report=self.base_report,
+            challenger_report=report,
+            corpus=self.corpus,
+            conversations=self.conversations,
+            preferences=self.preferences,
+        )

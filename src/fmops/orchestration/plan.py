@@ -1,0 +1,122 @@
+"""What would run, and why.
+
+Enters: a graph, the store, resolved sources. Leaves: for each node its fingerprint and state, with the reason.
+Refuses: nothing; it changes nothing but for setting damaged artifacts aside when asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fmops.artifacts import Source
+from fmops.orchestration.graph import Graph, Node
+from fmops.store import InputRef, Record, Store, fingerprint_of, source_digest
+
+State = Literal["cached", "run", "waiting"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node's part in a plan."""
+
+    node: Node
+    state: State
+    """`cached`: nothing to do. `run`: its inputs are there. `waiting`: an input must be made first."""
+    reason: str
+    fingerprint: str | None = None
+    """None while an input is still to be made."""
+    inputs: dict[str, InputRef] | None = None
+    record: Record | None = None
+
+
+Sources = Mapping[tuple[str, ...], Source]
+
+
+class Planner:
+    """Answers for one node at a time, so that a run can go on where content turned out equal."""
+
+    def __init__(self, graph: Graph, store: Store, sources: Sources) -> None:
+        self.graph, self.store, self.sources = graph, store, sources
+        # The reason for a re-run is told against the newest record of the same node.
+        self.newest: dict[str, Record] = {record.node: record for record in store.records()}
+
+    def plan(self, *, on_damage: Callable[[Record, str], None] | None = None) -> dict[str, Step]:
+        """Every node's step. A damaged artifact counts as missing and is reported to `on_damage`."""
+        steps: dict[str, Step] = {}
+        for node in self.graph.nodes.values():
+            steps[node.name] = self.step(node, steps, on_damage=on_damage)
+        return steps
+
+    def step(
+        self, node: Node, before: Mapping[str, Step], *, on_damage: Callable[[Record, str], None] | None = None
+    ) -> Step:
+        """One node's step, given those of its inputs."""
+        open_inputs = [name for name in node.artifacts.values() if before[name].record is None]
+        if open_inputs:
+            return Step(node=node, state="waiting", reason=f"after {', '.join(dict.fromkeys(open_inputs))}")
+        inputs = self._inputs(node, before)
+        fingerprint = fingerprint_of(
+            stage=node.stage.name,
+            version=node.stage.version,
+            seed=self.graph.spec.seed,
+            config=node.config.model_dump(mode="json"),
+            inputs={name: ref.digest for name, ref in inputs.items()},
+        )
+        record = self.store.find(node.stage.name, fingerprint)
+        fault = self.store.intact(record) if record else None
+        if record and fault:
+            if on_damage:
+                on_damage(record, fault)
+            return Step(node=node, state="run", reason=f"damaged: {fault}", fingerprint=fingerprint, inputs=inputs)
+        if record:
+            return Step(
+                node=node, state="cached", reason="unchanged", fingerprint=fingerprint, inputs=inputs, record=record
+            )
+        reason = self._why(node, inputs)
+        return Step(node=node, state="run", reason=reason, fingerprint=fingerprint, inputs=inputs)
+
+    def _inputs(self, node: Node, before: Mapping[str, Step]) -> dict[str, InputRef]:
+        inputs = {}
+        for parameter, name in node.artifacts.items():
+            record = before[name].record
+            assert record is not None
+            inputs[parameter] = InputRef(kind="artifact", ref=record.key, digest=record.digest)
+        for parameter, uris in node.sources.items():
+            source = self.sources[uris]
+            inputs[parameter] = InputRef(kind="source", ref=" ".join(uris), digest=source_digest(source))
+        return inputs
+
+    def _why(self, node: Node, inputs: Mapping[str, InputRef]) -> str:
+        last = self.newest.get(node.name)
+        if last is None:
+            return "never run"
+        if last.version != node.stage.version:
+            return f"stage code version {last.version} → {node.stage.version}"
+        if last.seed != self.graph.spec.seed:
+            return f"seed {last.seed} → {self.graph.spec.seed}"
+        changes = config_changes(last.config, node.config.model_dump(mode="json"))
+        changes += [
+            f"input {name} changed"
+            for name in sorted({*inputs, *last.inputs})
+            if name not in inputs or name not in last.inputs or inputs[name].digest != last.inputs[name].digest
+        ]
+        return "; ".join(changes[:4]) or "its artifact is gone"
+
+
+def config_changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[str]:
+    """Fields that differ, as `learning_rate 0.0001 → 0.0002`."""
+    changes = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += config_changes(old, new, f"{at}{key}.")
+        elif old != new:
+            changes.append(f"{at}{key} {old} → {new}")
+    return changes
+
+
+def wanted_sources(graph: Graph) -> list[tuple[str, ...]]:
+    """Every outside input of the graph, each once."""
+    return list(dict.fromkeys(uris for node in graph.nodes.values() for uris in node.sources.values()))

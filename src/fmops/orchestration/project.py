@@ -1,0 +1,57 @@
+"""A spec with its workspace: what every command opens first.
+
+Enters: the path of a spec. Leaves: spec, graph, store and resolved sources.
+Refuses: a spec with mistakes, and sources that are not there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmops.artifacts import Source
+from fmops.lifecycle import Lifecycle, read_lifecycle
+from fmops.orchestration.graph import Graph, build
+from fmops.orchestration.plan import Planner, wanted_sources
+from fmops.store import Store
+
+WORKSPACE = ".fmops"
+
+
+@dataclass(frozen=True)
+class Project:
+    """One spec file and the workspace beside it."""
+
+    spec_path: Path
+    spec: Lifecycle
+    graph: Graph
+    store: Store
+
+    @classmethod
+    def open(cls, spec_path: Path, *, workspace: Path | None = None) -> Project:
+        """Read the spec; the workspace is `.fmops` beside it unless named."""
+        path = spec_path.resolve()
+        spec = read_lifecycle(path)
+        store = Store((workspace or path.parent / WORKSPACE).resolve())
+        return cls(spec_path=path, spec=spec, graph=build(spec, path.parent), store=store)
+
+    def resolve_sources(
+        self, report: Callable[[str], None] | None = None, *, only: str | None = None
+    ) -> dict[tuple[str, ...], Source]:
+        """Bring every source here and verify it; those already here cost a look at their file times."""
+        from fmops.sources import cache_folder, resolve
+
+        nodes = self.graph.nodes.values() if only is None else [self.graph.nodes[only]]
+        wanted = wanted_sources(self.graph) if only is None else [u for node in nodes for u in node.sources.values()]
+        return {uris: resolve(uris, root=self.graph.root, cache=cache_folder(), report=report) for uris in wanted}
+
+    def planner(self, report: Callable[[str], None] | None = None) -> Planner:
+        """A planner over resolved sources."""
+        return Planner(self.graph, self.store, self.resolve_sources(report))
+
+    @property
+    def threads(self) -> int:
+        """Threads a stage computes with: as the spec says, else every core this process may use."""
+        return self.spec.runtime.threads or len(os.sched_getaffinity(0))
