@@ -60,9 +60,10 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         )
         started, cpu = time.monotonic(), _cpu_seconds()
         artifact = step.node.stage.load()(step.node.config, **inputs, out=out, context=context)
-        discard_work(out)
         record = _record(project, step, artifact, wall_s=time.monotonic() - started, cpu_s=_cpu_seconds() - cpu)
         project.store.commit(record)
+        # Only now: a stage killed while it commits still finds its resume state.
+        discard_work(out)
     return record
 
 

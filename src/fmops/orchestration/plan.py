@@ -14,7 +14,7 @@ from fmops.artifacts import Source
 from fmops.orchestration.graph import Graph, Node
 from fmops.store import InputRef, Record, Store, fingerprint_of, source_digest
 
-State = Literal["cached", "run", "waiting"]
+State = Literal["cached", "run", "waiting", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Step:
 
     node: Node
     state: State
-    """`cached`: nothing to do. `run`: its inputs are there. `waiting`: an input must be made first."""
+    """`cached`: nothing to do. `run`: its inputs are there. `waiting`: an input must be made first. `blocked`: by the
+    gate, or by a stage that is."""
     reason: str
     fingerprint: str | None = None
     """None while an input is still to be made."""
@@ -53,6 +54,9 @@ class Planner:
         self, node: Node, before: Mapping[str, Step], *, on_damage: Callable[[Record, str], None] | None = None
     ) -> Step:
         """One node's step, given those of its inputs."""
+        blocked = [name for name in node.artifacts.values() if _blocks(before[name])]
+        if blocked:
+            return Step(node=node, state="blocked", reason=f"by {blocked[0]}")
         open_inputs = [name for name in node.artifacts.values() if before[name].record is None]
         if open_inputs:
             return Step(node=node, state="waiting", reason=f"after {', '.join(dict.fromkeys(open_inputs))}")
@@ -103,6 +107,13 @@ class Planner:
             if name not in inputs or name not in last.inputs or inputs[name].digest != last.inputs[name].digest
         ]
         return "; ".join(changes[:4]) or "its artifact is gone"
+
+
+def _blocks(step: Step) -> bool:
+    """A gate lets nothing pass but a promotion."""
+    if step.state == "blocked":
+        return True
+    return step.record is not None and step.record.kind == "gate" and step.record.artifact["verdict"] != "promote"
 
 
 def config_changes(before: Mapping[str, Any], after: Mapping[str, Any], at: str = "") -> list[str]:

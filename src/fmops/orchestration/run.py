@@ -1,0 +1,183 @@
+"""One run: everything that is not done yet, in order, once.
+
+Enters: a project. Leaves: committed artifacts, the champion alias, the run's events and report, MLflow and Dagster rows.
+Refuses: a second run in the same workspace, and to release what the gate did not promote.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fmops.errors import FmopsError, GateRejected, NeedMoreData
+from fmops.locks import locked
+from fmops.orchestration.events import EventLog, View
+from fmops.orchestration.launch import launch_local
+from fmops.orchestration.plan import Planner, Step
+from fmops.orchestration.project import Project
+from fmops.orchestration.summary import summarise
+from fmops.store import Record, Store, discard_work, utc_now, write_atomically
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left."""
+
+    steps: dict[str, Step]
+    folder: Path | None
+    """The run's folder; None when nothing was to be done."""
+    champion: str | None
+    report: Path | None = None
+
+    @property
+    def executed(self) -> bool:
+        return self.folder is not None
+
+
+def run(project: Project, view: View) -> Outcome:
+    """Bring the workspace to what the spec says.
+
+    Raises:
+        GateRejected, NeedMoreData: the gate did not promote; its reasons are in the message. Nothing is released.
+        FmopsError: a source, a stage or the lock; everything finished is kept.
+    """
+    store = project.store
+    with locked(store.root / "lock"):
+        planner = project.planner(report=lambda text: view.show("sources", {"event": "note", "text": text}))
+        steps = planner.plan(on_damage=lambda record, fault: _set_aside(store, view, record, fault))
+        for step in steps.values():
+            if step.record:
+                discard_work(store.folder(step.record.stage, step.record.fingerprint))
+        todo = [name for name, step in steps.items() if step.state in ("run", "waiting")]
+        if todo:
+            return _Run(project, planner, steps, view).go(todo)
+        _raise_unless_promoted(steps, None)
+        # A kill between the release's commit and the move of the alias is made good here.
+        champion = _promote(project, steps, expected=store.aliases().get("champion"), why="release was waiting")
+        return Outcome(steps=steps, folder=None, champion=champion)
+
+
+@dataclass
+class _Run:
+    """State of one run while it lasts."""
+
+    project: Project
+    planner: Planner
+    steps: dict[str, Step]
+    view: View
+    folder: Path = field(init=False)
+    log: EventLog = field(init=False)
+
+    def go(self, todo: list[str]) -> Outcome:
+        store = self.project.store
+        self.folder = store.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 0xFFFF:04x}"
+        self.log = EventLog(self.folder, self.view)
+        champion = store.aliases().get("champion")
+        started = {
+            "spec": self.project.spec_path.name,
+            "name": self.project.spec.name,
+            "text": self.project.spec_path.read_text(encoding="utf-8"),
+            "command": " ".join(["fmops", *sys.argv[1:]]),
+            "started": utc_now(),
+            "champion": champion,
+        }
+        write_atomically(self.folder / "run.json", json.dumps(started, indent=1) + "\n")
+        self.log.add("run", "run-started", todo=todo)
+        for name, step in self.steps.items():
+            self.log.add(name, "planned", state=step.state, reason=step.reason)
+        error: BaseException | None = None
+        try:
+            self._materialise(todo)
+            _raise_unless_promoted(self.steps, self.folder)
+            champion = _promote(self.project, self.steps, expected=champion, why=f"run {self.folder.name}")
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.log.add("run", "run-finished", error=str(error) if error else None, champion=champion)
+            report = self._record_run()
+        return Outcome(steps=self.steps, folder=self.folder, champion=champion, report=report)
+
+    def _materialise(self, todo: list[str]) -> None:
+        from fmops.adapters.dagster import run_in_process
+
+        run_in_process(
+            self.project.graph, self.execute, dagster_home=self.project.store.root / "dagster", selection=todo
+        )
+
+    def execute(self, name: str) -> Record:
+        """Run one node, or find that its content is there already; called in the graph's order."""
+        step = self.planner.step(self.project.graph.nodes[name], self.steps)
+        if step.record:
+            self.log.add(name, "cached", fingerprint=step.record.fingerprint)
+            self.steps[name] = step
+            return step.record
+        if step.fingerprint is None:
+            raise FmopsError(f"{name} cannot run: {step.reason}.")
+        self.log.add(name, "started", fingerprint=step.fingerprint)
+        try:
+            record = launch_local(
+                self.project,
+                name,
+                fingerprint=step.fingerprint,
+                log=self.folder / f"{name}.log",
+                on_event=lambda event: self._forward(name, event),
+            )
+        except FmopsError as error:
+            self.log.add(name, "failed", error=str(error))
+            raise
+        self.log.add(
+            name, "finished", fingerprint=record.fingerprint, cost=record.cost, summary=summarise(record)
+        )
+        self.steps[name] = Step(
+            node=step.node, state="cached", reason="made now", fingerprint=record.fingerprint, inputs=step.inputs,
+            record=record,
+        )  # fmt: skip
+        return record
+
+    def _forward(self, name: str, event: Mapping[str, Any]) -> None:
+        self.log.add(name, event["event"], **{key: value for key, value in event.items() if key != "event"})
+
+    def _record_run(self) -> Path:
+        """Tracker rows and the report; made from records and events, so they can be made again."""
+        from fmops.adapters.mlflow import log_run
+        from fmops.orchestration.report import write_report
+
+        report = write_report(self.project.store, self.folder)
+        log_run(self.project.store, self.folder)
+        return report
+
+
+def _raise_unless_promoted(steps: Mapping[str, Step], folder: Path | None) -> None:
+    gate = steps.get("gate")
+    if gate is None or gate.record is None or gate.record.artifact["verdict"] == "promote":
+        return
+    verdict = gate.record.artifact["verdict"]
+    reasons = "".join(f"\n  - {reason}" for reason in gate.record.artifact["reasons"])
+    where = f"\nReport: {folder / 'report.html'}" if folder else ""
+    text = f"the gate says {verdict}; nothing is released.{reasons}{where}"
+    raise (NeedMoreData if verdict == "need more data" else GateRejected)(text)
+
+
+def _promote(project: Project, steps: Mapping[str, Step], *, expected: str | None, why: str) -> str | None:
+    """Make the release the champion, unless it is; the one before it becomes `previous`."""
+    release = steps["release"].record
+    if release is None or expected == release.key:
+        return expected
+    targets = {"champion": release.key, **({"previous": expected} if expected else {})}
+    project.store.move_aliases(targets, expected={"champion": expected}, why=why)
+    from fmops.adapters.mlflow import mirror_release
+
+    mirror_release(project.store, release)
+    return release.key
+
+
+def _set_aside(store: Store, view: View, record: Record, fault: str) -> None:
+    target = store.quarantine(record)
+    text = f"{record.key} is damaged ({fault}); it lies in {target} and is made again"
+    view.show(record.node, {"event": "note", "text": text})

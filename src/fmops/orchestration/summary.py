@@ -1,0 +1,44 @@
+"""One line about an artifact.
+
+Enters: a record. Leaves: the few figures a person wants to see when its stage ends.
+Refuses: nothing.
+"""
+
+from __future__ import annotations
+
+from fmops.store import Record
+
+
+def summarise(record: Record) -> str:
+    """The figures of an artifact in one line, without its name or cost."""
+    artifact = record.artifact
+    match record.kind:
+        case "corpus":
+            dropped = sum(item["documents"] for item in artifact["dropped"])
+            return f"{artifact['documents']:,} documents, {artifact['tokens']:,} tokens, {dropped:,} dropped"
+        case "conversations":
+            return f"{artifact['conversations']:,} conversations, {artifact['held_out']:,} held out"
+        case "preferences":
+            return f"{artifact['pairs']:,} pairs, {artifact['held_out']:,} held out"
+        case "benchmarks":
+            return f"{sum(artifact['items'].values()):,} items of {len(artifact['items'])} tasks"
+        case "checkpoint":
+            moved = _moved(artifact["metrics"])
+            size = f"{artifact['parameters'] / 1e6:.1f} M parameters"
+            return f"{artifact['trained_tokens']:,} tokens; {moved}" if artifact["trained_tokens"] else size
+        case "evaluation":
+            return ", ".join(f"{metric['task']} {metric['value']:.3f}" for metric in artifact["metrics"][:4])
+        case "gate":
+            return str(artifact["verdict"])
+        case _:
+            return f"{record.key}, parity {'passed' if artifact['parity']['passed'] else 'failed'}"
+
+
+def _moved(metrics: dict[str, float]) -> str:
+    pairs = [(name[: -len("_first")], name) for name in sorted(metrics) if name.endswith("_first")]
+    shown = [
+        f"{name.replace('_', ' ')} {metrics[first]:.3f} → {metrics[f'{name}_last']:.3f}"
+        for name, first in pairs
+        if f"{name}_last" in metrics
+    ]
+    return ", ".join(shown[:3])
