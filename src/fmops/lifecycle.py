@@ -162,6 +162,7 @@ class Runtime(Frozen):
     """How it runs here. No part of any artifact's identity."""
 
     threads: int | None = Field(None, ge=1, description="Left out: every core this process may use.")
+    dollars_per_hour: float = Field(0.0, ge=0, description="Price of this machine; `fmops plan` and the report use it.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of training arithmetic; `auto` measures once and takes bfloat16 where it is faster."
     )

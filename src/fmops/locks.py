@@ -49,12 +49,21 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+def holder(path: Path) -> str | None:
+    """Who holds the lock at `path`, or None when it is free."""
+    if not path.is_file():
+        return None
+    with path.open("a+") as stream:
+        if _try_lock(stream.fileno()):
+            return None
+    found = json.loads(path.read_text() or "{}")
+    if not found:
+        return "another process"
+    return f"pid {found['pid']} on {found['host']} since {found['since']} ({found['command']})"
+
+
 def _held(path: Path) -> str:
-    text = path.read_text()
-    holder = json.loads(text) if text else {}
-    who = (
-        f"pid {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})" if holder else "another process"
-    )
+    who = holder(path) or "a process that has just ended"
     return f"{path.parent} is held by {who}. Wait until it ends, or stop it; two writers would mix their work."
 
 

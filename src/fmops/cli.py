@@ -1,0 +1,216 @@
+"""The command line: thin; each command opens the project and calls one function.
+
+Enters: arguments. Leaves: text on standard output, an exit code (0 done, 1 failed, 2 usage, 3 rejected, 4 need more data).
+Refuses: to show a traceback for a mistake that the user can mend.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fmops import __version__
+from fmops.errors import EXIT_USAGE, FmopsError, nearest
+
+if TYPE_CHECKING:
+    from fmops.orchestration.project import Project
+
+
+class Commands(click.Group):
+    """Commands in the order a newcomer needs them, with the nearest name for a wrong one."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """In order of definition, not of the alphabet."""
+        return list(self.commands)
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        """Name the nearest command where there is none of that name."""
+        if args and self.get_command(context, args[0]) is None and not args[0].startswith("-"):
+            hint = nearest(args[0], self.commands)
+            raise click.UsageError(f"no command {args[0]!r}.{hint} Known: {', '.join(self.commands)}.")
+        return super().resolve_command(context, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fmops")
+def cli() -> None:
+    """Take a foundation model round its whole life from one spec: pretrain, finetune, evaluate, gate, release, serve."""
+
+
+def with_spec(command: Any) -> Any:
+    """Add --spec and --workspace."""
+    command = click.option(
+        "--workspace", type=click.Path(path_type=Path), help="Where artifacts lie. Default: .fmops beside the spec."
+    )(command)
+    return click.option(
+        "--spec", type=click.Path(path_type=Path), default=Path("lifecycle.yaml"), show_default=True, help="The spec file."
+    )(command)
+
+
+def open_project(spec: Path, workspace: Path | None) -> Project:
+    """Open the spec and its workspace."""
+    from fmops.orchestration.project import Project
+
+    return Project.open(spec, workspace=workspace)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path())
+def init(folder: Path) -> None:
+    """Write a commented lifecycle.yaml to start from."""
+    from fmops.starter import write_starter
+
+    path = write_starter(folder)
+    click.echo(f"wrote {path}. Point data.corpora at your text, then: fmops plan --spec {path}")
+
+
+@cli.command()
+@with_spec
+def plan(spec: Path, workspace: Path | None) -> None:
+    """Say what would run and why, with tokens, time and cost."""
+    from fmops.orchestration.show import render_plan
+
+    click.echo(render_plan(open_project(spec, workspace)))
+
+
+@cli.command()
+@with_spec
+def run(spec: Path, workspace: Path | None) -> None:
+    """Run what is not done yet; a second run with nothing changed does nothing."""
+    from fmops.orchestration.events import open_view
+    from fmops.orchestration.run import run as run_project
+    from fmops.orchestration.show import render_outcome
+
+    project = open_project(spec, workspace)
+    with open_view() as view:
+        outcome = run_project(project, view)
+    click.echo(render_outcome(project, outcome))
+
+
+@cli.command()
+@with_spec
+def status(spec: Path, workspace: Path | None) -> None:
+    """Show the last run, the artifacts in use and who holds the workspace."""
+    from fmops.orchestration.show import render_status
+
+    click.echo(render_status(open_project(spec, workspace)))
+
+
+@cli.command()
+@click.argument("artifact")
+@with_spec
+def show(artifact: str, spec: Path, workspace: Path | None) -> None:
+    """Show one artifact: what it holds, what it was made from, what it cost."""
+    from fmops.orchestration.lineage import show_record
+
+    store = open_project(spec, workspace).store
+    click.echo(show_record(store, store.by_key(artifact)))
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@with_spec
+def diff(a: str, b: str, spec: Path, workspace: Path | None) -> None:
+    """Say field by field why two artifacts differ."""
+    from fmops.orchestration.lineage import diff as differences
+    from fmops.orchestration.lineage import render_diff
+
+    store = open_project(spec, workspace).store
+    first, second = store.by_key(a), store.by_key(b)
+    click.echo(render_diff(first, second, differences(store, first, second)))
+
+
+@cli.command()
+@click.argument("artifact")
+@with_spec
+def trace(artifact: str, spec: Path, workspace: Path | None) -> None:
+    """Follow one artifact back to its sources, and on to what is built from it."""
+    from fmops.orchestration.lineage import render_trace
+
+    store = open_project(spec, workspace).store
+    click.echo(render_trace(store, store.by_key(artifact)))
+
+
+@cli.command()
+@click.option("--port", type=int, default=3000, show_default=True, help="Of the lineage page; MLflow takes the next one.")
+@with_spec
+def ui(port: int, spec: Path, workspace: Path | None) -> None:
+    """Open Dagster's lineage page and MLflow with these runs in them."""
+    from fmops.orchestration.ui import serve_ui
+
+    serve_ui(open_project(spec, workspace), port=port)
+
+
+@cli.command()
+@click.option("--host", help="Default: serve.host of the spec.")
+@click.option("--port", type=int, help="Default: serve.port of the spec; 0 takes a free one.")
+@click.option("--release", "key", default="champion", show_default=True, help="An alias or an artifact.")
+@with_spec
+def serve(host: str | None, port: int | None, key: str, spec: Path, workspace: Path | None) -> None:
+    """Serve the champion behind an OpenAI-compatible endpoint."""
+    from fmops.deployment.serving.app import serve as serve_release
+    from fmops.orchestration.show import find_release
+
+    project = open_project(spec, workspace)
+    changes: dict[str, Any] = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    record, release = find_release(project, key)
+    serve_release(
+        release,
+        project.spec.serve.model_copy(update=changes),
+        files={name: entry.sha256 for name, entry in record.files.items()},
+        threads=project.threads,
+        version=f"{release.name}@{record.fingerprint[:12]}",
+    )
+
+
+@cli.command()
+@click.option("--url", help="Default: where the spec serves.")
+@click.option("--system", help="A system prompt.")
+@click.option("--prompt", help="Ask once, print the answer, end.")
+@with_spec
+def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, workspace: Path | None) -> None:
+    """Talk to the served model in the terminal."""
+    from fmops.deployment.serving.chat import chat as talk
+
+    if url is None:
+        serving = open_project(spec, workspace).spec.serve
+        url = f"http://{serving.host}:{serving.port}"
+    talk(url, system=system, prompt=prompt)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--fingerprint", help="Refuse to make anything else; a launcher sets it.")
+@with_spec
+def stage(name: str, fingerprint: str | None, spec: Path, workspace: Path | None) -> None:
+    """Run one stage in this process, reporting JSON lines (launchers call this)."""
+    from fmops.orchestration.execute import run_stage_process
+
+    sys.exit(run_stage_process(spec, name, workspace=workspace, fingerprint=fingerprint))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of lifecycle.yaml."""
+    from fmops.starter import lifecycle_schema
+
+    click.echo(lifecycle_schema(), nl=False)
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with its message and a code, not a traceback."""
+    try:
+        cli(prog_name="fmops", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("stopped; finished stages are kept, `fmops run` goes on from there", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except FmopsError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

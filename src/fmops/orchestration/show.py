@@ -1,0 +1,147 @@
+"""What commands print: the plan, the outcome of a run, the status; and the release that is to be served.
+
+Enters: a project. Leaves: text, or a release with its record.
+Refuses: to name a champion where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from fmops.artifacts import Release
+from fmops.errors import FmopsError
+from fmops.locks import holder
+from fmops.orchestration.estimate import estimate
+from fmops.orchestration.events import read_events
+from fmops.orchestration.project import Project
+from fmops.store import Record
+
+if TYPE_CHECKING:
+    from fmops.orchestration.run import Outcome
+
+
+def render_plan(project: Project) -> str:
+    """A line a stage: what would happen, why, tokens and expected time; then the sums."""
+    planner = project.planner()
+    steps = planner.plan()
+    base = steps["base"].record
+    parameters = base.artifact["parameters"] if base else None
+    rows, total, unknown = [], 0.0, []
+    for name, step in steps.items():
+        expected = estimate(step, planner.newest, threads=project.threads, parameters=parameters)
+        if expected.wall_s is None:
+            unknown.append(name)
+        else:
+            total += expected.wall_s
+        time = "?" if expected.wall_s is None else f"{expected.wall_s:,.0f} s {expected.basis}" * (expected.wall_s > 0)
+        rows.append((name, step.state, f"{expected.tokens:,}" if expected.tokens else "", time, step.reason))
+    lines = [_table(("stage", "state", "tokens", "time", "why"), rows), ""]
+    dollars = project.spec.runtime.dollars_per_hour
+    cost = f", ${total / 3600 * dollars:,.2f} at ${dollars:g} an hour" if dollars else ""
+    lines.append(f"expected: {total / 60:,.1f} min on {project.threads} threads{cost}")
+    if unknown:
+        lines.append(f"not in that sum, never run here: {', '.join(unknown)}")
+    lines += minimum_detectable(project)
+    return "\n".join(lines)
+
+
+def minimum_detectable(project: Project) -> list[str]:
+    """What the gate could see with the items it has, before anything is spent."""
+    return []
+
+
+def render_outcome(project: Project, outcome: Outcome) -> str:
+    """How a run ended, and what to do next."""
+    spec = project.spec_path.name
+    made = [step.record for step in outcome.steps.values() if step.record]
+    if not outcome.executed:
+        lines = [f"nothing to do: {len(made)} artifacts are up to date"]
+    else:
+        lines = _before_and_after(project, outcome)
+        gate = outcome.steps["gate"].record if "gate" in outcome.steps else None
+        if gate:
+            lines.append(f"gate: {gate.artifact['verdict']}")
+            lines += [f"  {reason}" for reason in gate.artifact["reasons"]]
+        lines.append(f"report: {outcome.report}")
+    lines.append(f"champion: {outcome.champion}")
+    lines.append(f"next: fmops serve --spec {spec}, then fmops chat --spec {spec}")
+    return "\n".join(lines)
+
+
+def render_status(project: Project) -> str:
+    """Aliases, the last run and its stages, and who holds the workspace."""
+    store = project.store
+    lines = [f"workspace: {store.root}"]
+    held = holder(store.root / "lock")
+    if held:
+        lines.append(f"running: {held}")
+    lines += [f"{alias}: {key}" for alias, key in sorted(store.aliases().items())]
+    runs = sorted(folder for folder in store.runs.glob("*") if folder.is_dir()) if store.runs.is_dir() else []
+    if not runs:
+        return "\n".join([*lines, "no run yet: `fmops run` starts one"])
+    events = read_events(runs[-1])
+    started = json.loads((runs[-1] / "run.json").read_text())["started"]
+    lines.append(f"last run: {runs[-1].name}, started {started}")
+    rows = []
+    for name in project.graph.nodes:
+        mine = [event for event in events if event["node"] == name]
+        state = next((e["event"] for e in reversed(mine) if e["event"] in _STATES), "not reached")
+        shown = next((e for e in reversed(mine) if e["event"] == "progress"), None)
+        detail = next((e["summary"] for e in reversed(mine) if e["event"] == "finished"), "")
+        if state == "started" and shown:
+            detail = f"{shown['done']:,.0f}/{shown['total']:,.0f} {shown['unit']}"
+        rows.append((name, "running" if state == "started" and held else _STATES.get(state, state), detail))
+    return "\n".join([*lines, _table(("stage", "state", ""), rows)])
+
+
+_STATES = {"started": "interrupted", "finished": "done", "cached": "cached", "failed": "failed"}
+
+
+def find_release(project: Project, key: str) -> tuple[Record, Release]:
+    """The release behind an alias or a key.
+
+    Raises:
+        FmopsError: no such release; says how to get one.
+    """
+    aliases = project.store.aliases()
+    if key == "champion" and "champion" not in aliases:
+        raise FmopsError(f"no champion in {project.store.root}: nothing was released yet. Run `fmops run` first.")
+    record = project.store.by_key(aliases.get(key, key))
+    artifact = project.store.load(record)
+    if not isinstance(artifact, Release):
+        raise FmopsError(f"{record.key} is a {record.kind}, no release. Only a release can be served.")
+    return record, artifact
+
+
+def _before_and_after(project: Project, outcome: Outcome) -> list[str]:
+    """The first few sample answers of the base and of the candidate, side by side."""
+    reports = [outcome.steps[name].record for name in ("evaluate-base", "evaluate-candidate") if name in outcome.steps]
+    answers = [_generations(project, record) for record in reports if record]
+    if len(answers) != 2:
+        return []
+    lines = ["samples, before and after:"]
+    for prompt in [prompt for prompt in answers[0] if prompt in answers[1]][:3]:
+        lines += [f"  > {_short(prompt)}", f"    before: {_short(answers[0][prompt])}"]
+        lines.append(f"    after:  {_short(answers[1][prompt])}")
+    return lines
+
+
+def _generations(project: Project, record: Record) -> dict[str, str]:
+    path = project.store.folder(record.stage, record.fingerprint) / "generations.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return {row["prompt"]: row["response"] for row in rows}
+
+
+def _short(text: str, width: int = 160) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
