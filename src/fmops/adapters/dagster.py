@@ -1,0 +1,208 @@
+"""The lifecycle as Dagster assets, run in this process.
+
+Enters: a graph and a function that makes one node's record. Leaves: materialisations and checks in Dagster's database.
+Refuses: to run what stands behind a gate that did not promote. Records stay the truth; the database can be thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from fmops.orchestration.graph import Graph, Node
+from fmops.orchestration.lineage import flatten
+from fmops.orchestration.summary import summarise
+from fmops.store import Record, Store
+
+Execute = Callable[[str], Record]
+
+INSTANCE = """\
+# Written by fmops. Storage is SQLite in this folder.
+telemetry:
+  enabled: false
+# Stages write their own logs; capturing output here would break the progress bars of `fmops run`.
+compute_logs:
+  module: dagster._core.storage.noop_compute_log_manager
+  class: NoOpComputeLogManager
+"""
+
+GROUPS = {
+    "import": "pretraining",
+    "pretrain": "pretraining",
+    "curate": "data",
+    "conversations": "data",
+    "preferences": "data",
+    "instruct": "finetuning",
+    "align": "finetuning",
+    "benchmarks": "evaluation",
+    "evaluate": "evaluation",
+    "gate": "evaluation",
+    "release": "deployment",
+}
+PROMOTE = "promote"
+"""Name of the blocking check on the gate's asset. It cannot stand on the candidate itself: the candidate's evaluation
+comes after the candidate and before the gate, and would wait for the check that waits for it."""
+
+
+def run_in_process(graph: Graph, execute: Execute, *, dagster_home: Path, selection: Sequence[str]) -> bool:
+    """Materialise `selection` in the graph's order; `execute` is called once a node, in this process and thread.
+
+    Returns:
+        False when the gate did not promote; what stands behind it was not executed.
+
+    Raises:
+        Whatever `execute` raises, unchanged.
+    """
+    raised: list[BaseException] = []
+
+    def guarded(name: str) -> Record:
+        try:
+            return execute(name)
+        except dg.DagsterExecutionInterruptedError:
+            raised.append(KeyboardInterrupt())
+            raise
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    with open_instance(dagster_home) as instance:
+        result = dg.materialize(
+            [*assets(graph, guarded), *source_assets(graph)],
+            instance=instance,
+            selection=[asset_key(name) for name in selection],
+            raise_on_error=False,
+            tags={"fmops/name": graph.spec.name},
+            # Dagster's own log would drown the lines that `fmops run` prints.
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+    if raised:
+        raise raised[0]
+    blocked = [check for check in result.get_asset_check_evaluations() if not check.passed]
+    if not result.success and not blocked:
+        failures = [event.message for event in result.all_events if event.is_failure]
+        raise RuntimeError(f"Dagster could not run {', '.join(selection)}: {'; '.join(map(str, failures))}")
+    return not blocked
+
+
+def open_instance(home: Path) -> dg.DagsterInstance:
+    """The instance whose SQLite database lies in `home`; made when it is not there."""
+    os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
+    home.mkdir(parents=True, exist_ok=True)
+    config = home / "dagster.yaml"
+    if not config.is_file():
+        config.write_text(INSTANCE, encoding="utf-8")
+    return dg.DagsterInstance.from_config(str(home))
+
+
+def definitions(graph: Graph, execute: Execute, store: Store) -> dg.Definitions:
+    """Everything the lineage page shows: a node an asset, a source an external asset, newest records as metadata."""
+    newest = {record.node: record for record in store.records()}
+    return dg.Definitions(
+        assets=[*assets(graph, execute, newest=newest), *source_assets(graph)],
+        executor=dg.in_process_executor,
+        metadata={"workspace": dg.MetadataValue.path(str(store.root))},
+    )
+
+
+def assets(graph: Graph, execute: Execute, *, newest: Mapping[str, Record] | None = None) -> list[dg.AssetsDefinition]:
+    """One asset a node, in the graph's order."""
+    known = newest or {}
+    return [_asset(node, execute, known.get(node.name), place) for place, node in enumerate(graph.nodes.values())]
+
+
+def source_assets(graph: Graph) -> list[dg.AssetSpec]:
+    """Outside inputs as external assets: Dagster shows them and never makes them."""
+    uris = dict.fromkeys(uri for node in graph.nodes.values() for uri in _source_uris(node))
+    return [
+        dg.AssetSpec(source_key(uri), description=uri, group_name="sources", metadata={"uri": uri}, kinds={"source"})
+        for uri in uris
+    ]
+
+
+def asset_key(name: str) -> dg.AssetKey:
+    """The asset of a node."""
+    return dg.AssetKey([name])
+
+
+def source_key(uri: str) -> dg.AssetKey:
+    """The asset of a source; a readable form of its URI."""
+    return dg.AssetKey(["source", re.sub(r"[^A-Za-z0-9._-]+", "_", uri).strip("_") or "here"])
+
+
+def _asset(node: Node, execute: Execute, newest: Record | None, place: int) -> dg.AssetsDefinition:
+    gate = node.stage.name == "gate"
+
+    def materialise() -> dg.MaterializeResult:
+        record = execute(node.name)
+        return dg.MaterializeResult(
+            metadata=_metadata(record),
+            data_version=dg.DataVersion(record.digest),
+            check_results=[_decision(record)] if gate else [],
+        )
+
+    check = dg.AssetCheckSpec(PROMOTE, asset=asset_key(node.name), blocking=True, description=_GATE)
+    asset: dg.AssetsDefinition = dg.asset(
+        key=asset_key(node.name),
+        deps=[*map(asset_key, dict.fromkeys(node.artifacts.values())), *map(source_key, _source_uris(node))],
+        description=_described(node),
+        group_name=GROUPS[node.stage.name],
+        kinds={node.stage.output.kind, *_frameworks(node)},
+        metadata=_metadata(newest) if newest else None,
+        check_specs=[check] if gate else None,
+        # Of the steps that could run, the earliest in the graph does: a person follows the lifecycle's own order.
+        op_tags={"dagster/priority": str(-place)},
+        code_version=str(node.stage.version),
+    )(materialise)
+    return asset
+
+
+_GATE = "Promote only when no family regresses beyond its margin; anything else blocks the release."
+
+
+def _decision(record: Record) -> dg.AssetCheckResult:
+    verdict = record.artifact["verdict"]
+    return dg.AssetCheckResult(
+        check_name=PROMOTE,
+        passed=verdict == "promote",
+        severity=dg.AssetCheckSeverity.ERROR,
+        description="; ".join(record.artifact["reasons"]) or verdict,
+        metadata={"verdict": verdict, "alpha": record.artifact["alpha"]},
+    )
+
+
+def _metadata(record: Record) -> dict[str, Any]:
+    """What the page shows of an artifact: identity, figures, cost."""
+    numbers = {
+        name: value
+        for name, value in flatten(record.artifact).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return {
+        "summary": summarise(record),
+        "artifact": record.key,
+        "fingerprint": record.fingerprint,
+        "digest": record.digest,
+        "made": record.created,
+        **{f"cost/{name}": float(value) for name, value in record.cost.items()},
+        **{name.replace(".", "/"): value for name, value in numbers.items()},
+    }
+
+
+def _described(node: Node) -> str:
+    text = (type(node.config).__doc__ or node.stage.name).strip().partition("\n")[0]
+    inputs = ", ".join(node.artifacts) or "sources"
+    return f"{text}\n\nStage `{node.stage.name}`, from {inputs}."
+
+
+def _frameworks(node: Node) -> Iterable[str]:
+    framework = getattr(node.config, "framework", None)
+    return [framework] if framework else []
+
+
+def _source_uris(node: Node) -> list[str]:
+    return list(dict.fromkeys(uri for uris in node.sources.values() for uri in uris))

@@ -1,0 +1,65 @@
+"""What Dagster's web server loads: the spec named by FMOPS_SPEC as assets.
+
+Enters: FMOPS_SPEC and, where the workspace lies elsewhere, FMOPS_WORKSPACE. Leaves: `defs`.
+Refuses: to release from the page what the gate did not promote. Without FMOPS_SPEC there is nothing to define.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fmops.errors import FmopsError, GateRejected
+from fmops.locks import locked
+from fmops.orchestration.launch import launch_local
+from fmops.orchestration.project import Project
+from fmops.store import Record
+
+if TYPE_CHECKING:
+    import dagster
+
+SPEC = "FMOPS_SPEC"
+WORKSPACE = "FMOPS_WORKSPACE"
+
+
+def load(spec: str | None, workspace: str | None) -> dagster.Definitions:
+    """The definitions of a spec file.
+
+    Raises:
+        FmopsError: no spec is named.
+    """
+    from fmops.adapters.dagster import definitions
+
+    if not spec:
+        raise FmopsError(
+            f"{SPEC} is not set. Open the page with `fmops ui`, or set it to the path of a lifecycle.yaml."
+        )
+    project = Project.open(Path(spec), workspace=Path(workspace) if workspace else None)
+    return definitions(project.graph, lambda name: materialise(project, name), project.store)
+
+
+def materialise(project: Project, name: str) -> Record:
+    """Make one node's artifact as `fmops run` would; report, tracker and champion are left to `fmops run`.
+
+    Raises:
+        GateRejected: `name` stands behind a gate that did not promote.
+        FmopsError: an input is missing, or another run holds the workspace.
+    """
+    store = project.store
+    with locked(store.root / "lock"):
+        steps = project.planner().plan()
+        step = steps[name]
+        gate = steps["gate"].record if "gate" in steps else None
+        if gate and gate.artifact["verdict"] != "promote" and name in project.graph.downstream("gate"):
+            raise GateRejected(f"the gate says {gate.artifact['verdict']}; {name} is not made. See `fmops show gate`.")
+        if step.record:
+            return step.record
+        if step.fingerprint is None:
+            raise FmopsError(f"{name} cannot run: {step.reason}. Materialise that first.")
+        log = store.root / "logs" / f"{name}.log"
+        return launch_local(project, name, fingerprint=step.fingerprint, log=log, on_event=lambda _: None)
+
+
+if SPEC in os.environ:
+    defs = load(os.environ[SPEC], os.environ.get(WORKSPACE))
