@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fmops.errors import FmopsError, GateRejected, NeedMoreData
+from fmops.faults import fault_site
 from fmops.locks import locked
 from fmops.orchestration.events import EventLog, View
 from fmops.orchestration.launch import launch_local
@@ -131,6 +132,7 @@ class _Run:
         except FmopsError as error:
             self.log.add(name, "failed", error=str(error))
             raise
+        fault_site(f"run-after-{name}")
         self.log.add(
             name, "finished", fingerprint=record.fingerprint, cost=record.cost, summary=summarise(record)
         )
@@ -141,6 +143,7 @@ class _Run:
         return record
 
     def _forward(self, name: str, event: Mapping[str, Any]) -> None:
+        fault_site("run-event")
         self.log.add(name, event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     def _record_run(self) -> Path:
@@ -169,6 +172,7 @@ def _promote(project: Project, steps: Mapping[str, Step], *, expected: str | Non
     release = steps["release"].record
     if release is None or expected == release.key:
         return expected
+    fault_site("run-before-promote")
     targets = {"champion": release.key, **({"previous": expected} if expected else {})}
     project.store.move_aliases(targets, expected={"champion": expected}, why=why)
     from fmops.adapters.mlflow import mirror_release

@@ -1,0 +1,83 @@
+"""The command line is frozen here on purpose: change this list when the interface changes, and say so in the CHANGELOG."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import click
+import pytest
+
+from fmops.cli import cli
+
+SPEC = ("--spec", "--workspace")
+INTERFACE = {
+    "init": ("folder",),
+    "plan": SPEC,
+    "run": SPEC,
+    "status": SPEC,
+    "show": ("artifact", *SPEC),
+    "diff": ("a", "b", *SPEC),
+    "trace": ("artifact", *SPEC),
+    "ui": ("--port", *SPEC),
+    "serve": ("--host", "--port", "--release", *SPEC),
+    "chat": ("--url", "--system", "--prompt", *SPEC),
+    "stage": ("name", "--fingerprint", *SPEC),
+    "schema": (),
+}
+
+
+def fmops(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "fmops", *arguments], capture_output=True, text=True, **options)
+
+
+def test_the_interface_is_the_one_we_promised():
+    found = {
+        name: tuple(parameter.opts[0] for parameter in command.params) for name, command in cli.commands.items()
+    }
+    assert {name: sorted(options) for name, options in found.items()} == {
+        name: sorted(options) for name, options in INTERFACE.items()
+    }
+
+
+@pytest.mark.parametrize("name", INTERFACE)
+def test_every_command_and_option_has_help(name):
+    command = cli.commands[name]
+    assert command.help
+    silent = [parameter.opts for parameter in command.params if isinstance(parameter, click.Option) and not parameter.help]
+    assert not silent
+
+
+def test_a_wrong_command_names_the_nearest():
+    done = fmops("rnu")
+    assert done.returncode == 2
+    assert "no command 'rnu'. Did you mean 'run'?" in done.stderr
+
+
+def test_a_mistake_shows_no_traceback(tmp_path):
+    done = fmops("plan", "--spec", str(tmp_path / "none.yaml"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no spec at")
+    assert "Traceback" not in done.stderr
+
+
+def cpu_seconds(*command: str) -> float:
+    """CPU seconds of the quickest of three starts: the others pay for what else the machine does."""
+    best = float("inf")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return best
+
+
+def test_help_is_quick():
+    assert cpu_seconds("-m", "fmops", "--help") < 0.3
+
+
+def test_importing_the_package_is_quick():
+    assert cpu_seconds("-c", "import fmops") < 0.1

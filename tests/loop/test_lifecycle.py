@@ -1,0 +1,178 @@
+"""The whole lifecycle, from one spec, on a real (tiny) model; and that nothing is done twice and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fmops.store import Record, Store
+
+from .conftest import fmops, write_project
+
+pytestmark = pytest.mark.xdist_group("lifecycle")
+
+STAGES = (
+    "base", "benchmarks", "corpus", "evaluate-base", "pretrain", "evaluate-pretrain", "conversations", "instruct",
+    "preferences", "align", "evaluate-candidate", "gate", "release",
+)  # fmt: skip
+
+
+def store_of(spec: Path) -> Store:
+    return Store(spec.parent / ".fmops")
+
+
+def newest(spec: Path, node: str) -> Record:
+    return [record for record in store_of(spec).records() if record.node == node][-1]
+
+
+def executed(spec: Path) -> set[str]:
+    """Stages that the last run really ran."""
+    last = max(store_of(spec).runs.iterdir())
+    events = [json.loads(line) for line in (last / "events.jsonl").read_text().splitlines()]
+    return {event["node"] for event in events if event["event"] == "finished"}
+
+
+def test_one_command_takes_a_model_round(finished):
+    spec, done = finished
+    assert done.returncode == 0, done.stderr
+    assert executed(spec) == set(STAGES)
+    store = store_of(spec)
+    champion = store.by_key(store.aliases()["champion"])
+    assert champion.kind == "release"
+    assert champion.artifact["parity"]["passed"]
+    pretrain = newest(spec, "pretrain").artifact["metrics"]
+    assert pretrain["new_bits_per_byte_last"] < pretrain["new_bits_per_byte_first"]
+    report = next(iter(store.runs.glob("*/report.html")))
+    assert "promote" in report.read_text(encoding="utf-8")
+
+
+def test_piped_output_is_one_line_a_stage(finished):
+    lines = finished[1].stdout.splitlines()
+    for name in STAGES:
+        assert len([line for line in lines if line.startswith(f"{name:18} done")]) == 1
+    assert "\x1b" not in finished[1].stdout
+
+
+def test_a_second_run_does_nothing_quickly(finished):
+    spec, _ = finished
+    runs = len(list(store_of(spec).runs.iterdir()))
+    best = float("inf")
+    for _ in range(3):
+        started = time.monotonic()
+        done = fmops("run", spec=spec)
+        best = min(best, time.monotonic() - started)
+        assert done.returncode == 0, done.stderr
+        assert "nothing to do: 13 artifacts are up to date" in done.stdout
+    assert best < 0.5
+    assert len(list(store_of(spec).runs.iterdir())) == runs
+
+
+def test_a_changed_setting_reruns_that_stage_and_what_depends_on_it(copied):
+    copied.write_text(copied.read_text().replace("max_pairs: 8", "max_pairs: 12"))
+    plan = fmops("plan", spec=copied).stdout
+    assert "max_pairs 8 → 12" in plan
+    done = fmops("run", spec=copied)
+    assert done.returncode in (0, 3, 4), done.stderr
+    assert executed(copied) - {"release"} == {"align", "evaluate-candidate", "gate"}
+
+
+def test_an_edited_byte_in_a_source_is_noticed(copied):
+    page = min((copied.parent / "docs").glob("*.txt"))
+    page.write_text(page.read_text().replace("e", "3", 1))
+    plan = fmops("plan", spec=copied).stdout
+    assert "input corpus_docs changed" in plan
+
+
+def test_a_damaged_artifact_is_set_aside_and_made_again(copied):
+    before = newest(copied, "preferences")
+    path = store_of(copied).folder(before.stage, before.fingerprint) / "train.jsonl"
+    path.write_bytes(b"X" + path.read_bytes()[1:])
+    done = fmops("run", spec=copied)
+    assert done.returncode == 0, done.stderr
+    assert "is damaged (train.jsonl differs from its digest" in done.stdout
+    assert newest(copied, "preferences").digest == before.digest
+    # The content came out equal, so nothing after it ran again.
+    assert executed(copied) == {"preferences"}
+    assert len(list((copied.parent / ".fmops" / "quarantine").iterdir())) == 1
+
+
+def test_a_regression_beyond_the_margin_is_not_released(copied):
+    champion = store_of(copied).aliases()["champion"]
+    # A gain of the domain is asked for where there can be none: the candidate is trained by a negligible step.
+    text = copied.read_text().replace("learning_rate: 3e-3", "learning_rate: 1e-12")
+    text = text.replace("instruct: {adapter", "instruct: {learning_rate: 1e-12, adapter")
+    copied.write_text(text.replace("align: {method", "align: {learning_rate: 1e-12, method"))
+    done = fmops("run", spec=copied)
+    assert done.returncode in (3, 4), done.stdout + done.stderr
+    assert "nothing is released" in done.stderr
+    assert store_of(copied).aliases()["champion"] == champion
+    again = fmops("run", spec=copied)
+    assert again.returncode == done.returncode
+    assert "nothing is released" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "run-event:3",  # the run dies while a stage works: the stage must end with it
+        "run-after-pretrain:1",
+        "commit-before-record:1",  # each stage process dies once before its record
+        "run-before-promote:1",
+    ],
+)
+def test_killed_anywhere_it_goes_on_and_ends_bit_for_bit_the_same(finished, tiny_model, tmp_path, fault):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    spec = write_project(folder, tiny_model)
+    killed = fmops("run", spec=spec, fault=fault)
+    assert killed.returncode != 0
+    done = fmops("run", spec=spec)
+    assert done.returncode == 0, done.stderr
+    for node in STAGES:
+        assert newest(spec, node).digest == newest(finished[0], node).digest, node
+    assert store_of(spec).aliases() == store_of(finished[0]).aliases()
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_told_who_runs(copied):
+    from fmops.locks import locked
+
+    with locked(store_of(copied).root / "lock"):
+        done = fmops("run", spec=copied)
+    assert done.returncode == 2
+    assert "is held by pid" in done.stderr
+
+
+def test_a_source_that_is_gone_is_named(copied):
+    (copied.parent / "preferences.jsonl").unlink()
+    done = fmops("run", spec=copied)
+    assert done.returncode == 2
+    assert "preferences.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_stage_by_hand_reports_json_lines(copied):
+    done = fmops("stage", "gate", spec=copied)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["event"] == "finished"
+
+
+def test_artifacts_can_be_shown_traced_and_compared(finished):
+    spec, _ = finished
+    assert "new_bits_per_byte_last" in fmops("show", "pretrain", spec=spec).stdout
+    assert "corpus_docs" in fmops("trace", "release", spec=spec).stdout
+    assert "learning_rate" in fmops("diff", "pretrain", "instruct", spec=spec).stdout
+    status = fmops("status", spec=spec).stdout
+    assert "champion: release-" in status
+    wrong = fmops("show", "nothing", spec=spec)
+    assert wrong.returncode == 2
+    assert "no artifact 'nothing'" in wrong.stderr
+
+
+def test_the_interpreter_is_the_only_thing_a_stage_needs():
+    done = subprocess.run([sys.executable, "-m", "fmops", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("fmops, version ")

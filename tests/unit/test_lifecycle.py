@@ -1,0 +1,138 @@
+"""A spec is read whole or refused, with every mistake, its line and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fmops.errors import FmopsError
+from fmops.lifecycle import Lifecycle, read_lifecycle
+from fmops.starter import SCHEMA, lifecycle_schema, write_starter
+
+GOOD = """\
+name: assistant
+base: ./base
+data:
+  corpora:
+    docs: {source: ./docs/*.txt}
+pretrain:
+  tokens: 16_000
+"""
+
+
+def read(tmp_path: Path, text: str) -> Lifecycle:
+    path = tmp_path / "lifecycle.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_lifecycle(path)
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    with pytest.raises(FmopsError) as caught:
+        read(tmp_path, text)
+    return str(caught.value)
+
+
+def test_a_spec_becomes_a_typed_object(tmp_path):
+    spec = read(tmp_path, GOOD)
+    assert spec.pretrain is not None
+    assert spec.pretrain.tokens == 16_000
+    assert spec.data.corpora["docs"].source == ("./docs/*.txt",)
+    assert spec.instruct is None
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    spec = read(tmp_path, GOOD + "  learning_rate: 3e-5\n")
+    assert spec.pretrain is not None
+    assert spec.pretrain.learning_rate == 3e-5
+
+
+def test_an_unknown_key_names_the_nearest_one_and_its_line(tmp_path):
+    message = refused(tmp_path, GOOD + "  learnig_rate: 1e-4\n")
+    assert "lifecycle.yaml:8: unknown key 'learnig_rate' in pretrain. Did you mean 'learning_rate'?" in message
+
+
+def test_an_unknown_key_inside_a_named_corpus_is_found(tmp_path):
+    message = refused(tmp_path, GOOD.replace("{source: ./docs/*.txt}", "{source: a, wieght: 0.2}"))
+    assert "lifecycle.yaml:5: unknown key 'wieght' in data.corpora.docs. Did you mean 'weight'?" in message
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    message = refused(tmp_path, GOOD.replace("16_000", "many") + "colour: blue\n")
+    assert "lifecycle.yaml:7: pretrain.tokens:" in message
+    assert "got 'many'" in message
+    assert "lifecycle.yaml:8: unknown key 'colour'." in message
+
+
+def test_a_wrong_choice_names_the_nearest(tmp_path):
+    message = refused(tmp_path, GOOD + "  tuning: lara\n")
+    assert "lifecycle.yaml:8: pretrain.tuning:" in message
+    assert "Did you mean 'lora'?" in message
+
+
+def test_a_missing_key_is_named(tmp_path):
+    assert "base is missing" in refused(tmp_path, "name: a\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("name: a\nbase: b\npretrain: {tokens: 5}\n", "pretrain needs a corpus with role train"),
+        (GOOD + "  old_domain_ceiling: 0.1\n", "old_domain_ceiling needs a corpus with role replay"),
+        (GOOD + "  warmup: 0.6\n  decay: 0.6\n", "exceed the whole run"),
+        (GOOD + "instruct: {}\n", "instruct needs data.conversations"),
+        (GOOD + "align: {}\n", "align needs data.preferences"),
+        (GOOD + "gate: {}\n", "gate needs evaluate"),
+        ("name: a\nbase: b\nevaluate: {suites: [domain]}\n", "the suite domain is made from held-out documents"),
+        (GOOD.replace("{source: ./docs/*.txt}", "{source: a, weight: 0.2}"), "sum to 0.2"),
+        (GOOD + "evaluate: {suites: [bias, bias]}\n", "suites named twice: bias"),
+    ],
+)
+def test_what_could_not_run_is_refused_with_the_remedy(tmp_path, text, problem):
+    assert problem in refused(tmp_path, text)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    message = refused(tmp_path, GOOD + "name: other\n")
+    assert "lifecycle.yaml:8: key 'name' stands twice; first on line 1" in message
+
+
+def test_broken_yaml_is_refused_with_its_line(tmp_path):
+    assert "lifecycle.yaml:2: not valid YAML" in refused(tmp_path, "name: a\nbase: b: c\n")
+
+
+def test_yaml_that_builds_objects_is_refused(tmp_path):
+    message = refused(tmp_path, "name: !!python/object/apply:os.system ['true']\nbase: b\n")
+    assert "lifecycle.yaml:1:" in message
+    assert "plain values only" in message
+
+
+def test_a_missing_spec_says_how_to_get_one(tmp_path):
+    with pytest.raises(FmopsError, match="fmops init"):
+        read_lifecycle(tmp_path / "none.yaml")
+
+
+def test_the_starter_is_a_valid_spec_and_is_never_overwritten(tmp_path):
+    path = write_starter(tmp_path / "My Model")
+    assert read_lifecycle(path).name == "my-model"
+    assert (path.parent / ".fmops" / "lifecycle.schema.json").is_file()
+    path.write_text("mine")
+    with pytest.raises(FmopsError, match="is there already"):
+        write_starter(path.parent)
+    assert path.read_text() == "mine"
+
+
+def test_the_shipped_schema_is_the_model_s_own():
+    assert SCHEMA.read_text(encoding="utf-8") == lifecycle_schema(), "run: fmops schema > src/fmops/lifecycle.schema.json"
+
+
+def test_every_key_of_the_schema_says_what_it_does():
+    schema = json.loads(lifecycle_schema())
+    silent = [
+        f"{name}.{field}"
+        for name, model in schema["$defs"].items()
+        for field, about in model.get("properties", {}).items()
+        if "description" not in about and "$ref" not in str(about) and field not in ("framework", "method", "engine")
+    ]
+    assert len(silent) <= 8, silent
