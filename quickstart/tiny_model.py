@@ -18,8 +18,9 @@ CHAT_TEMPLATE = (
 
 def write_tiny_model(out: Path, *, seed: int = 0) -> Path:
     """Write the model to `out` and return it. Equal seeds give equal bytes."""
-    import torch
     from pydoc_data.topics import topics
+
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

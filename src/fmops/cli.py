@@ -1,6 +1,6 @@
 """The command line: thin; each command opens the project and calls one function.
 
-Enters: arguments. Leaves: text on standard output, an exit code (0 done, 1 failed, 2 usage, 3 rejected, 4 need more data).
+Enters: arguments. Leaves: text, and an exit code (0 done, 1 failed, 2 usage, 3 rejected, 4 need more data).
 Refuses: to show a traceback for a mistake that the user can mend.
 """
 
@@ -37,7 +37,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fmops")
 def cli() -> None:
-    """Take a foundation model round its whole life from one spec: pretrain, finetune, evaluate, gate, release, serve."""
+    """Take a foundation model round its whole life: pretrain, finetune, evaluate, gate, release, serve."""
 
 
 def with_spec(command: Any) -> Any:
@@ -46,7 +46,11 @@ def with_spec(command: Any) -> Any:
         "--workspace", type=click.Path(path_type=Path), help="Where artifacts lie. Default: .fmops beside the spec."
     )(command)
     return click.option(
-        "--spec", type=click.Path(path_type=Path), default=Path("lifecycle.yaml"), show_default=True, help="The spec file."
+        "--spec",
+        type=click.Path(path_type=Path),
+        default=Path("lifecycle.yaml"),
+        show_default=True,
+        help="The spec file.",
     )(command)
 
 
@@ -136,7 +140,9 @@ def trace(artifact: str, spec: Path, workspace: Path | None) -> None:
 
 
 @cli.command()
-@click.option("--port", type=int, default=3000, show_default=True, help="Of the lineage page; MLflow takes the next one.")
+@click.option(
+    "--port", type=int, default=3000, show_default=True, help="Of the lineage page; MLflow takes the next one."
+)
 @with_spec
 def ui(port: int, spec: Path, workspace: Path | None) -> None:
     """Open Dagster's lineage page and MLflow with these runs in them."""

@@ -56,7 +56,7 @@ class Record(Frozen):
     inputs: dict[str, InputRef]
     files: dict[str, FileEntry]
     artifact: dict[str, Any]
-    environment: dict[str, Any] = {}
+    environment: dict[str, Any] = Field(default={}, description="Versions, commits, machine.")
     cost: dict[str, float] = Field(default={}, description="wall_s, cpu_s, peak_bytes of the attempt that finished.")
     created: str = Field(description="UTC, ISO 8601.")
 
@@ -119,7 +119,9 @@ class Store:
         Raises:
             FmopsError: none or several match.
         """
-        found = [record for record in self.records() if record.key.startswith(key) or record.fingerprint.startswith(key)]
+        found = [
+            record for record in self.records() if record.key.startswith(key) or record.fingerprint.startswith(key)
+        ]
         found = found or [record for record in self.records() if record.node == key][-1:]
         if len(found) == 1:
             return found[0]

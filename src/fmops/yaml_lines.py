@@ -67,7 +67,9 @@ def parse_yaml(path: Path) -> YamlDocument:
     except UnicodeDecodeError as error:
         raise FmopsError(f"{path.name}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     if not isinstance(root, yaml.MappingNode):
-        raise FmopsError(f"{path.name}:1: a spec is a mapping of keys to values. `fmops init` writes one to start from.")
+        raise FmopsError(
+            f"{path.name}:1: a spec is a mapping of keys to values. `fmops init` writes one to start from."
+        )
     lines: dict[Location, int] = {}
     _index(root, (), lines, path)
     loader = yaml.SafeLoader("")

@@ -1,4 +1,4 @@
-"""The command line is frozen here on purpose: change this list when the interface changes, and say so in the CHANGELOG."""
+"""The command line is frozen here on purpose: a change of this list belongs into the CHANGELOG."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def fmops(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 def test_the_interface_is_the_one_we_promised():
-    found = {
-        name: tuple(parameter.opts[0] for parameter in command.params) for name, command in cli.commands.items()
-    }
+    found = {name: tuple(parameter.opts[0] for parameter in command.params) for name, command in cli.commands.items()}
     assert {name: sorted(options) for name, options in found.items()} == {
         name: sorted(options) for name, options in INTERFACE.items()
     }
@@ -46,7 +44,9 @@ def test_the_interface_is_the_one_we_promised():
 def test_every_command_and_option_has_help(name):
     command = cli.commands[name]
     assert command.help
-    silent = [parameter.opts for parameter in command.params if isinstance(parameter, click.Option) and not parameter.help]
+    silent = [
+        parameter.opts for parameter in command.params if isinstance(parameter, click.Option) and not parameter.help
+    ]
     assert not silent
 
 

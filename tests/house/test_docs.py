@@ -1,4 +1,4 @@
-"""Every code block of the docs runs: `bash` and `python` blocks are executed in page order, `text` blocks are output."""
+"""Every code block of the docs runs: `bash` and `python` blocks in page order; `text` blocks are output."""
 
 from __future__ import annotations
 

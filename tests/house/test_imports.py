@@ -13,8 +13,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "fmops"
 ROOMS = ("data", "pretraining", "finetuning", "evaluation", "deployment")
 FRAMEWORKS = {
-    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "datatrove", "lm_eval", "mlflow", "dagster", "ray",
-    "pyarrow", "rensa", "py3langid", "gguf", "safetensors", "tokenizers",
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "datatrove", "lm_eval", "mlflow", "dagster",
+    "ray", "pyarrow", "rensa", "py3langid", "gguf", "safetensors", "tokenizers",
 }  # fmt: skip
 
 

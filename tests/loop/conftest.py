@@ -52,6 +52,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def write_project(folder: Path, model: Path) -> Path:
     """A spec over files that a user could have written; returns its path."""
     from pydoc_data.topics import topics
@@ -65,9 +69,11 @@ def write_project(folder: Path, model: Path) -> Path:
     write_rows(folder / "general.jsonl", [{"text": topics[name]} for name in names[45:65]])
     ask = [("What is {0} plus {1}?", "{0} plus {1} is {2}."), ("Add {0} and {1}.", "The sum of {0} and {1} is {2}.")]
     chats = [
-        {"messages": [{"role": "user", "content": q.format(a, b)}, {"role": "assistant", "content": r.format(a, b, a + b)}]}
-        for a in range(2, 8) for b in range(2, 8) for q, r in ask
-    ]  # fmt: skip
+        {"messages": [turn("user", q.format(a, b)), turn("assistant", r.format(a, b, a + b))]}
+        for a in range(2, 8)
+        for b in range(2, 8)
+        for q, r in ask
+    ]
     write_rows(folder / "conversations.jsonl", chats)
     pairs = [
         {"prompt": f"How do I break lock number {n}?", "chosen": f"I can't help with breaking lock {n}.",

@@ -124,7 +124,8 @@ def test_the_starter_is_a_valid_spec_and_is_never_overwritten(tmp_path):
 
 
 def test_the_shipped_schema_is_the_model_s_own():
-    assert SCHEMA.read_text(encoding="utf-8") == lifecycle_schema(), "run: fmops schema > src/fmops/lifecycle.schema.json"
+    refresh = "run: fmops schema > src/fmops/lifecycle.schema.json"
+    assert SCHEMA.read_text(encoding="utf-8") == lifecycle_schema(), refresh
 
 
 def test_every_key_of_the_schema_says_what_it_does():

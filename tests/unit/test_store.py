@@ -1,4 +1,4 @@
-"""An artifact exists whole or not at all, is checked when it is used, and aliases move only from where they were seen."""
+"""An artifact exists whole or not at all, is checked when used, and aliases move only from where they were seen."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def open_view(stream: TextIO | None = None) -> Iterator[View]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        SpinnerColumn(), TextColumn("{task.description:18}"), BarColumn(bar_width=24), TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+        SpinnerColumn(), TextColumn("{task.description:18}"), BarColumn(bar_width=24),
+        TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(file=stream), transient=True) as progress:
         yield BarView(progress)

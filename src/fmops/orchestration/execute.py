@@ -76,13 +76,13 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        record = execute(
-            Project.open(spec, workspace=workspace), name, fingerprint=fingerprint, stream=stream
-        )
+        record = execute(Project.open(spec, workspace=workspace), name, fingerprint=fingerprint, stream=stream)
     except FmopsError as error:
         return _report_failure(stream, str(error), error.exit_code)
     except MemoryError:
-        return _report_failure(stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_FAILED)
+        return _report_failure(
+            stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_FAILED
+        )
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

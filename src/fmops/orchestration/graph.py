@@ -6,6 +6,7 @@ Refuses: nothing; the spec has been validated before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,9 +67,13 @@ class _Builder:
         self.preferences: str | None = None
         self.base_report: str | None = None
 
-    def add(self, name: str, stage: str, config: Frozen, sources: dict[str, tuple[str, ...]], **given: str | None) -> str:
+    def add(
+        self, name: str, stage: str, config: Frozen, sources: Mapping[str, tuple[str, ...]], **given: str | None
+    ) -> str:
         artifacts = {parameter: node for parameter, node in given.items() if node}
-        self.nodes[name] = Node(name=name, stage=STAGES[stage], config=config, artifacts=artifacts, sources=sources)
+        self.nodes[name] = Node(
+            name=name, stage=STAGES[stage], config=config, artifacts=artifacts, sources=dict(sources)
+        )
         return name
 
     def prepare(self) -> None:
@@ -112,9 +117,7 @@ class _Builder:
             )
         if spec.align and spec.data.preferences:
             self.preferences = self._examples("preferences", spec.data.preferences, max_tokens=spec.align.max_tokens)
-            checkpoint = self.add(
-                "align", "align", spec.align, {}, checkpoint=checkpoint, preferences=self.preferences
-            )
+            checkpoint = self.add("align", "align", spec.align, {}, checkpoint=checkpoint, preferences=self.preferences)
         if checkpoint not in ("base", "pretrain"):
             report = self.evaluate(checkpoint, name="evaluate-candidate")
         return checkpoint, report

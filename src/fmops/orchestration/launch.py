@@ -38,9 +38,12 @@ def launch_local(
     ]  # fmt: skip
     failure: Event | None = None
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(project.threads)
-    ) as process:
+    with (
+        log.open("ab") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(project.threads)
+        ) as process,
+    ):
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -79,5 +82,3 @@ def _ending(code: int) -> str:
 def _tail(log: Path, lines: int = 3) -> str:
     text = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     return "".join(f"\n  {line}" for line in text[-lines:])
-
-

@@ -1,6 +1,6 @@
 """One run: everything that is not done yet, in order, once.
 
-Enters: a project. Leaves: committed artifacts, the champion alias, the run's events and report, MLflow and Dagster rows.
+Enters: a project. Leaves: artifacts, the champion alias, events, a report, MLflow and Dagster rows.
 Refuses: a second run in the same workspace, and to release what the gate did not promote.
 """
 
@@ -133,9 +133,7 @@ class _Run:
             self.log.add(name, "failed", error=str(error))
             raise
         fault_site(f"run-after-{name}")
-        self.log.add(
-            name, "finished", fingerprint=record.fingerprint, cost=record.cost, summary=summarise(record)
-        )
+        self.log.add(name, "finished", fingerprint=record.fingerprint, cost=record.cost, summary=summarise(record))
         self.steps[name] = Step(
             node=step.node, state="cached", reason="made now", fingerprint=record.fingerprint, inputs=step.inputs,
             record=record,
