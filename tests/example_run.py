@@ -6,6 +6,7 @@ Refuses: nothing. Texts hold markup on purpose: whatever shows them must escape 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -135,7 +136,9 @@ class _Example:
             for parameter, name in node.artifacts.items()
         }
         for parameter, uris in node.sources.items():
-            inputs[parameter] = InputRef(kind="source", ref=" ".join(uris), digest=f"{len(uris[0]):064x}")
+            inputs[parameter] = InputRef(
+                kind="source", ref=" ".join(uris), digest=hashlib.sha256(uris[0].encode()).hexdigest()
+            )
         fingerprint = fingerprint_of(
             stage=node.stage.name, version=node.stage.version, seed=0, config=config,
             inputs={name: ref.digest for name, ref in inputs.items()},

@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 
 from fmops.orchestration.graph import Graph, Node
-from fmops.orchestration.lineage import flatten
+from fmops.orchestration.provenance import flatten
 from fmops.orchestration.summary import summarise
 from fmops.store import Record, Store
 

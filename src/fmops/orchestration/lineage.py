@@ -1,180 +1,168 @@
-"""Why two artifacts differ, where one comes from, and what stands on it.
+"""What `fmops show`, `fmops diff` and `fmops trace` print.
 
-Enters: records. Leaves: differences down to their first cause; a tree up to sources and down to releases.
-Refuses: nothing; an input whose record is gone is named as gone, never left out.
+Enters: a store and records. Leaves: text, coloured on a terminal and plain when piped.
+Refuses: to read markup in what it shows; names and values are data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from fmops.store import FileEntry, InputRef, Record
+from fmops.orchestration.provenance import (
+    Difference,
+    Downstream,
+    Upstream,
+    differences,
+    finder,
+    flatten,
+    trace,
+)
+from fmops.store import Record, Store
 
-Group = Literal["stage", "version", "seed", "config", "input", "source", "environment", "file", "result"]
-Find = Callable[[str], Record | None]
-"""Artifact key → its record, or None when it is gone."""
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.tree import Tree
 
-ABSENT = "—"
-"""Shown where one side lacks the field."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One field in which two artifacts differ."""
-
-    group: Group
-    field: str
-    """Where, from the compared artifacts downwards: `inputs.corpus.config.curate.min_characters`."""
-    before: str
-    after: str
-    depth: int = 0
-    """Inputs between the compared artifacts and this field."""
-
-    @property
-    def cause(self) -> bool:
-        """True for what was chosen (config, code, seed, source), False for what follows from it."""
-        return self.group in ("stage", "version", "seed", "config", "source")
+FILES_SHOWN = 12
+PIPED_WIDTH = 200
+"""Columns when there is no terminal: wide enough that a line stays a line for grep."""
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """One input: an artifact with its own inputs, or a source."""
-
-    parameter: str
-    ref: InputRef
-    record: Record | None
-    """None for a source, and for an artifact whose record is gone."""
-    inputs: tuple[Upstream, ...] = ()
+def diff(store: Store, a: Record, b: Record) -> list[Difference]:
+    """Field by field why `b` is not `a`, down to the first cause among the store's records."""
+    return differences(a, b, find=finder(store.records()))
 
 
-@dataclass(frozen=True)
-class Downstream:
-    """An artifact that was made from another one."""
+def show_record(store: Store, record: Record) -> str:
+    """One artifact: what it is, what it was made from and with, its files and its cost."""
+    from rich.text import Text
 
-    record: Record
-    built: tuple[Downstream, ...] = ()
-
-
-@dataclass(frozen=True)
-class Trace:
-    """An artifact between what it was made from and what was made from it."""
-
-    record: Record
-    inputs: tuple[Upstream, ...]
-    built: tuple[Downstream, ...]
-
-    def sources(self) -> dict[str, str]:
-        """Every outside source above the artifact: URI → content digest."""
-        return {item.ref.ref: item.ref.digest for item in _walk(self.inputs) if item.ref.kind == "source"}
-
-
-def finder(records: Iterable[Record]) -> Find:
-    """A look-up by artifact key."""
-    return {record.key: record for record in records}.get
+    parts: list[RenderableType] = [Text.assemble((record.key, "bold"), f"  {record.kind} of node {record.node}")]
+    folder = store.folder(record.stage, record.fingerprint)
+    facts = {"made": record.created, "folder": str(folder), "digest": record.digest, "seed": record.seed}
+    aliases = [alias for alias, key in store.aliases().items() if key == record.key]
+    parts.append(_fields({**facts, "aliases": ", ".join(aliases)} if aliases else facts))
+    sections: dict[str, Mapping[str, object]] = {
+        "result": flatten(record.artifact),
+        "config": flatten(record.config),
+        "inputs": {name: f"{ref.ref}  {ref.digest[:12]}" for name, ref in record.inputs.items()},
+        "environment": flatten(record.environment),
+        "cost": {name: _cost(name, value) for name, value in record.cost.items()},
+        "files": _files(record),
+    }
+    for title, fields in sections.items():
+        if fields:
+            parts += [Text(f"\n{title}", style="bold"), _fields(fields)]
+    return _text(*parts)
 
 
-def diff(a: Record, b: Record, *, find: Find) -> list[Difference]:
-    """Field by field why `b` is not `a`: the recipe first, inputs down to their first cause, then what follows.
+def render_diff(a: Record, b: Record, found: Sequence[Difference]) -> str:
+    """Differences as a table, what was chosen marked with an arrow, and the first cause in words."""
+    from rich.table import Table
+    from rich.text import Text
 
-    Files of inputs are not listed: their differing content is what the line of the input says already.
-    """
-    return list(_differences(a, b, find=find, at="", depth=0))
-
-
-def trace(record: Record, records: Iterable[Record]) -> Trace:
-    """Up to the sources and down to everything built on `record`, among `records`."""
-    known = list(records)
-    return Trace(record=record, inputs=_upstream(record, finder(known)), built=_downstream(record, known))
-
-
-def flatten(value: Mapping[str, Any], at: str = "") -> dict[str, Any]:
-    """Nested mappings and lists of mappings as one level with dotted keys; other values as they are."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            flat |= flatten(item, f"{at}{key}.")
-        else:
-            flat[f"{at}{key}"] = item
-    return flat
+    if not found:
+        return _text(Text(f"{a.key} and {b.key} are the same: equal recipe, equal content."))
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for title in ("", "where", a.key, b.key):
+        table.add_column(title, overflow="fold")
+    for item in found:
+        style = "bold" if item.cause else "dim" if item.group in ("environment", "file") else ""
+        cells = ("→" if item.cause else "", item.field, item.before, item.after)
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    return _text(table, Text(f"\n{_first_cause(found)}"))
 
 
-def _differences(a: Record, b: Record, *, find: Find, at: str, depth: int) -> Iterator[Difference]:
-    def changed(group: Group, field: str, before: Any, after: Any) -> Difference:
-        return Difference(group, f"{at}{field}", _shown(before), _shown(after), depth)
+def render_trace(store: Store, record: Record) -> str:
+    """The tree above an artifact, up to sources with digests, and the tree of what is built on it."""
+    from rich.text import Text
+    from rich.tree import Tree
 
-    if a.stage != b.stage:
-        yield changed("stage", "stage", a.stage, b.stage)
-    if a.version != b.version:
-        yield changed("version", "code version", a.version, b.version)
-    if a.seed != b.seed:
-        yield changed("seed", "seed", a.seed, b.seed)
-    for field, before, after in _changes(a.config, b.config):
-        yield changed("config", f"config.{field}", before, after)
-    yield from _input_differences(a, b, find=find, at=at, depth=depth)
-    if depth and a.digest == b.digest:
-        return
-    for field, before, after in _changes(a.environment, b.environment):
-        yield changed("environment", f"environment.{field}", before, after)
-    if depth:
-        return
-    for field, before, after in _changes(a.artifact, b.artifact):
-        yield changed("result", f"artifact.{field}", before, after)
-    for name in sorted({*a.files, *b.files}):
-        old, new = a.files.get(name), b.files.get(name)
-        if (old and old.sha256) != (new and new.sha256):
-            yield changed("file", name, _entry(old), _entry(new))
+    found = trace(record, store.records())
+    up = Tree(Text.assemble((record.key, "bold"), f"  {record.node}, made from"))
+    _add_inputs(up, found.inputs, set())
+    if not found.built:
+        return _text(up, Text("\nNothing is built on it."))
+    down = Tree(Text("\nand used by"))
+    _add_built(down, found.built, set())
+    return _text(up, down)
 
 
-def _input_differences(a: Record, b: Record, *, find: Find, at: str, depth: int) -> Iterator[Difference]:
-    for name in sorted({*a.inputs, *b.inputs}):
-        old, new = a.inputs.get(name), b.inputs.get(name)
-        if old and new and old.digest == new.digest:
-            continue
-        group: Group = (
-            "source" if (old or new) and "artifact" not in {ref.kind for ref in (old, new) if ref} else "input"
-        )
-        yield Difference(group, f"{at}inputs.{name}", _ref(old), _ref(new), depth)
-        parents = [find(ref.ref) if ref and ref.kind == "artifact" else None for ref in (old, new)]
-        if parents[0] and parents[1]:
-            yield from _differences(parents[0], parents[1], find=find, at=f"{at}inputs.{name}.", depth=depth + 1)
+def _first_cause(found: Sequence[Difference]) -> str:
+    causes = [item for item in found if item.cause]
+    if causes:
+        first = max(causes, key=lambda item: item.depth)
+        return f"First cause: {first.field}, {first.before} → {first.after}."
+    if any(item.group == "input" for item in found):
+        return "An input's content differs, though nothing in the known recipes does: made anew, or its record is gone."
+    return "Same recipe, other content: this stage is not reproducible across what is listed under environment."
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    old, new = flatten(before), flatten(after)
-    for field in sorted({*old, *new}):
-        if old.get(field, ABSENT) != new.get(field, ABSENT):
-            yield field, old.get(field, ABSENT), new.get(field, ABSENT)
+def _add_inputs(tree: Tree, inputs: Iterable[Upstream], seen: set[str]) -> None:
+    from rich.text import Text
 
-
-def _upstream(record: Record, find: Find) -> tuple[Upstream, ...]:
-    inputs = []
-    for name, ref in sorted(record.inputs.items()):
-        parent = find(ref.ref) if ref.kind == "artifact" else None
-        inputs.append(Upstream(name, ref, parent, _upstream(parent, find) if parent else ()))
-    return tuple(inputs)
-
-
-def _downstream(record: Record, known: list[Record]) -> tuple[Downstream, ...]:
-    users = [other for other in known if record.key in {ref.ref for ref in other.inputs.values()}]
-    return tuple(Downstream(user, _downstream(user, known)) for user in users)
-
-
-def _walk(inputs: Iterable[Upstream]) -> Iterator[Upstream]:
     for item in inputs:
-        yield item
-        yield from _walk(item.inputs)
+        name = (item.parameter, "cyan")
+        if item.ref.kind == "source":
+            tree.add(Text.assemble(name, f"  {item.ref.ref}  content {item.ref.digest[:16]}"))
+        elif item.record is None:
+            tree.add(Text.assemble(name, f"  {item.ref.ref}  (its record is gone)"))
+        elif item.record.key in seen:
+            tree.add(Text.assemble(name, f"  {item.record.key}", " (shown above)" if item.inputs else ""))
+        else:
+            seen.add(item.record.key)
+            _add_inputs(tree.add(Text.assemble(name, f"  {item.record.key}")), item.inputs, seen)
 
 
-def _ref(ref: InputRef | None) -> str:
-    return f"{ref.ref} ({ref.digest[:12]})" if ref else ABSENT
+def _add_built(tree: Tree, built: Iterable[Downstream], seen: set[str]) -> None:
+    from rich.text import Text
+
+    for item in built:
+        again = item.record.key in seen
+        branch = tree.add(
+            Text(f"{item.record.key}  {item.record.node}{' (shown above)' if again and item.built else ''}")
+        )
+        if not again:
+            seen.add(item.record.key)
+            _add_built(branch, item.built, seen)
 
 
-def _entry(entry: FileEntry | None) -> str:
-    return f"{entry.sha256[:12]} ({entry.bytes:,} bytes)" if entry else ABSENT
+def _fields(fields: Mapping[str, object]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, show_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(Text(f"  {name}"), Text(value if isinstance(value, str) else repr(value)))
+    return table
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 120 else text[:117] + "…"
+def _files(record: Record) -> dict[str, object]:
+    shown: dict[str, object] = {
+        name: f"{entry.bytes:,} bytes  sha256 {entry.sha256[:16]}"
+        for name, entry in list(record.files.items())[:FILES_SHOWN]
+    }
+    more = len(record.files) - FILES_SHOWN
+    return {**shown, "…": f"{more} more"} if more > 0 else shown
+
+
+def _cost(name: str, value: float) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:,.1f} s" if name.endswith("_s") else f"{value:g}"
+
+
+def _text(*parts: RenderableType) -> str:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPED_WIDTH)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
