@@ -1,0 +1,121 @@
+"""Benchmark items must not be trained on.
+
+Enters: the items of every benchmark. Leaves: for a text, the task whose item it holds, or nothing.
+Refuses: items of fewer than five words; they say nothing that ordinary text does not say too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fmops.data.text import comparable_words
+
+SHORTEST_ITEM = 5
+VERBATIM_WORDS = 10
+"""So many words in a row, equal but for case, spacing and punctuation, are a copy (GPT-3 took 13, datatrove 12)."""
+SHINGLE_WORDS = 3
+CONTAINED = 0.6
+"""A text that holds this share of an item's shingles is a near copy."""
+# A shingle of so many items is idiom or template, no evidence.
+_COMMON_SHINGLE = 20
+# A field that repeats in so many items is a template, no item.
+_COMMON_FIELD = 10
+
+
+class Contamination:
+    """An index of benchmark items by word shingles.
+
+    datatrove's own index builder needs lighteval, and its fixed n misses items shorter than n; this one finds copies
+    of any length, and near copies inside longer documents, which MinHash of whole documents cannot see.
+    """
+
+    def __init__(self, fields: Iterable[tuple[str, str]]) -> None:
+        """`fields`: pairs of task name and item text."""
+        counted: Counter[tuple[str, ...]] = Counter()
+        tasks: dict[tuple[str, ...], str] = {}
+        for task, text in fields:
+            words = tuple(comparable_words(text))
+            if len(words) >= SHORTEST_ITEM:
+                counted[words] += 1
+                tasks.setdefault(words, task)
+        self._tasks: list[str] = []
+        self._needed: list[int] = []
+        self._verbatim: dict[str, int] = {}
+        items: dict[str, list[int]] = defaultdict(list)
+        for words, repeats in counted.items():
+            if repeats < _COMMON_FIELD:
+                self._add(words, tasks[words], items)
+        self._lengths = sorted({len(copy.split()) for copy in self._verbatim})
+        self._starts = {" ".join(copy.split()[:SHINGLE_WORDS]) for copy in self._verbatim}
+        self._items = {shingle: found for shingle, found in items.items() if len(found) < _COMMON_SHINGLE}
+
+    def _add(self, words: tuple[str, ...], task: str, items: dict[str, list[int]]) -> None:
+        item = len(self._tasks)
+        self._tasks.append(task)
+        for copy in _shingles(words, min(VERBATIM_WORDS, len(words))):
+            self._verbatim.setdefault(copy, item)
+        shingles = set(_shingles(words, SHINGLE_WORDS))
+        self._needed.append(math.ceil(CONTAINED * len(shingles)))
+        # Of a short item a part is no evidence: it counts as copied only word for word.
+        if len(words) >= VERBATIM_WORDS:
+            for shingle in shingles:
+                items[shingle].append(item)
+
+    def find(self, text: str) -> str | None:
+        """The task of which `text` holds an item, or None."""
+        if not self._tasks:
+            return None
+        words = comparable_words(text)
+        hits: Counter[int] = Counter()
+        seen: set[str] = set()
+        for start, shingle in enumerate(_shingles(words, SHINGLE_WORDS)):
+            if shingle in self._starts:
+                for length in self._lengths:
+                    item = self._verbatim.get(" ".join(words[start : start + length]))
+                    if item is not None:
+                        return self._tasks[item]
+            if shingle not in seen and shingle in self._items:
+                seen.add(shingle)
+                hits.update(self._items[shingle])
+        for item, count in hits.items():
+            if count >= self._needed[item]:
+                return self._tasks[item]
+        return None
+
+
+def read_contamination(benchmarks: Path | None) -> Contamination:
+    """Index the items of a benchmarks artifact; without one nothing is contaminated."""
+    return Contamination(_fields(benchmarks) if benchmarks else ())
+
+
+def _fields(benchmarks: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted((benchmarks / "items").glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                texts = list(_strings(json.loads(line)))
+                long = [text for text in texts if len(text.split()) >= SHORTEST_ITEM]
+                # An item of short fields only (a cloze, a pair of words) is known by all of them together.
+                for text in long or [" ".join(texts)]:
+                    yield path.stem, text
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key in value:
+            # These two name the item; they are no part of its text.
+            if key not in {"id", "cluster"}:
+                yield from _strings(value[key])
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+
+
+def _shingles(words: list[str] | tuple[str, ...], n: int) -> Iterator[str]:
+    return (" ".join(words[start : start + n]) for start in range(len(words) - n + 1))

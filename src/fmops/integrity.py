@@ -1,0 +1,184 @@
+"""What a file really is: its digest, and whether its bytes are what its name says.
+
+Enters: a local file. Leaves: its sha256, remembered for as long as the file stands untouched.
+Refuses: pickles under any name, also inside zip and gzip, and files whose magic bytes contradict their suffix.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import time
+import zipfile
+import zlib
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+from fmops.errors import FmopsError, IntegrityError
+
+# These suffixes promise a pickle; nothing here ever opens one.
+PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".dill", ".bin"})
+_MAGIC: dict[str, tuple[bytes, ...]] = {
+    ".parquet": (b"PAR1",),
+    ".gguf": (b"GGUF",),
+    ".zip": (b"PK\x03\x04", b"PK\x05\x06"),
+    ".whl": (b"PK\x03\x04",),
+    ".gz": (b"\x1f\x8b",),
+}
+_SAFETENSORS_HEADER_LIMIT = 100_000_000
+_NESTED_ARCHIVES = 3
+# A file changed within this time of hashing may change again without a new time stamp (coarse file system clocks).
+_SETTLED_NS = 2_000_000_000
+_REMEMBERED = 100_000
+
+
+class Digests:
+    """sha256 of files, remembered by (device, inode, size, mtime, ctime) in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, str] = {}
+        self._changed = False
+        if path.is_file():
+            try:
+                self._known = json.loads(path.read_bytes())
+            except ValueError:
+                # Only a memory: when it is torn, the files are hashed again.
+                self._known = {}
+
+    def of(self, path: Path) -> str:
+        """The file's sha256; reads the file only when it is new or was touched."""
+        key = _identity(path)
+        if key in self._known:
+            return self._known[key]
+        value = sha256(path)
+        settled = time.time_ns() - path.stat().st_ctime_ns > _SETTLED_NS
+        if settled and _identity(path) == key:
+            self._known[key] = value
+            self._changed = True
+        return value
+
+    def save(self) -> None:
+        """Write what is new, atomically. A lost race costs only another hashing."""
+        if not self._changed:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        recent = dict(list(self._known.items())[-_REMEMBERED:])
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(recent))
+        temporary.replace(self._path)
+        self._changed = False
+
+
+def _identity(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise when the file is, or holds, a pickle; looks at names and first bytes only.
+
+    Raises:
+        IntegrityError: names the file, the member, and the formats that are read instead.
+    """
+    with path.open("rb") as file:
+        found = _pickle_in(file, path.name, path.suffix.lower(), depth=0)
+    if found:
+        raise IntegrityError(
+            f"{path.name}: {found}. A pickle runs code when it is opened, so none ever is. "
+            "Give weights as safetensors or GGUF, and data as text, JSON Lines or Parquet."
+        )
+
+
+def refuse_disguised(path: Path) -> None:
+    """Raise when the magic bytes are not those that the suffix promises.
+
+    Raises:
+        IntegrityError: names the file, its suffix and its first bytes.
+    """
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        start = file.read(8)
+        if suffix == ".safetensors":
+            honest = _is_safetensors(file, path.stat().st_size)
+        elif suffix in _MAGIC:
+            honest = start.startswith(_MAGIC[suffix])
+        else:
+            return
+        if honest and suffix == ".parquet":
+            file.seek(-4, os.SEEK_END)
+            honest = file.read(4) == b"PAR1"
+    if not honest:
+        raise IntegrityError(
+            f"{path.name} is named {suffix} but is none: it starts with {start!r}, or is cut short. "
+            "Fetch it again, or give it its right name."
+        )
+
+
+def _pickle_in(file: IO[bytes], name: str, suffix: str, *, depth: int) -> str | None:
+    """Say where a pickle is, or nothing."""
+    if suffix in PICKLE_SUFFIXES:
+        return f"{name} has a suffix of pickles ({suffix})"
+    start = file.read(9)
+    file.seek(0)
+    # Opcode PROTO, versions 2 to 5. A safetensors file may start with these bytes too: its header length.
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:9] != b"{":
+        return f"{name} is a pickle"
+    if start.startswith((b"PK\x03\x04", b"\x1f\x8b")) and depth >= _NESTED_ARCHIVES:
+        return f"{name} nests archives more than {_NESTED_ARCHIVES} deep, and cannot be looked into"
+    if start.startswith(b"PK\x03\x04"):
+        return _pickle_in_zip(file, name, depth=depth)
+    if start.startswith(b"\x1f\x8b"):
+        inner = Path(name.removesuffix(".gz"))
+        try:
+            with gzip.open(file, "rb") as opened:
+                return _pickle_in(BytesIO(opened.read(4096)), inner.name, inner.suffix.lower(), depth=depth + 1)
+        except (EOFError, OSError, zlib.error) as error:
+            raise IntegrityError(f"{name} is a broken gzip file ({error}). Fetch it again.") from None
+    return None
+
+
+def _pickle_in_zip(file: IO[bytes], name: str, *, depth: int) -> str | None:
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile:
+        # The head of a gzipped zip is no whole zip; a broken .zip is refused when it is read.
+        return None
+    with archive:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            suffix = Path(member.filename).suffix.lower()
+            if suffix in PICKLE_SUFFIXES:
+                return f"{name} holds {member.filename}, which has a suffix of pickles"
+            if member.flag_bits & 0x1:
+                raise FmopsError(f"{name}: {member.filename} is encrypted. Give the archive without a password.")
+            with archive.open(member) as opened:
+                start = opened.read(9)
+                nested = start.startswith((b"PK\x03\x04", b"\x1f\x8b"))
+                content = start + opened.read() if nested else start
+            found = _pickle_in(BytesIO(content), f"{name}:{member.filename}", suffix, depth=depth + 1)
+            if found:
+                return found
+    return None
+
+
+def _is_safetensors(file: IO[bytes], size: int) -> bool:
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10 or length > min(size - 8, _SAFETENSORS_HEADER_LIMIT):
+        return False
+    try:
+        header = json.loads(file.read(length))
+    except ValueError:
+        return False
+    return isinstance(header, dict)
