@@ -1,0 +1,1 @@
+"""Release, serving: what leaves the workshop, and how it answers."""

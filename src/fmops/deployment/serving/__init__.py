@@ -1,0 +1,1 @@
+"""One release behind an OpenAI-compatible endpoint."""
