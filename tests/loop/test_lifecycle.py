@@ -46,7 +46,7 @@ def test_one_command_takes_a_model_round(finished):
     assert champion.kind == "release"
     assert champion.artifact["parity"]["passed"]
     pretrain = newest(spec, "pretrain").artifact["metrics"]
-    assert pretrain["new_bits_per_byte_last"] < pretrain["new_bits_per_byte_first"]
+    assert pretrain["new_bits_per_byte_after"] < pretrain["new_bits_per_byte_before"]
     report = next(iter(store.runs.glob("*/report.html")))
     assert "promote" in report.read_text(encoding="utf-8")
 
@@ -163,7 +163,7 @@ def test_a_stage_by_hand_reports_json_lines(copied):
 
 def test_artifacts_can_be_shown_traced_and_compared(finished):
     spec, _ = finished
-    assert "new_bits_per_byte_last" in fmops("show", "pretrain", spec=spec).stdout
+    assert "new_bits_per_byte_after" in fmops("show", "pretrain", spec=spec).stdout
     assert "corpus_docs" in fmops("trace", "release", spec=spec).stdout
     assert "learning_rate" in fmops("diff", "pretrain", "instruct", spec=spec).stdout
     status = fmops("status", spec=spec).stdout

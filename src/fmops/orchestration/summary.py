@@ -35,10 +35,10 @@ def summarise(record: Record) -> str:
 
 
 def _moved(metrics: dict[str, float]) -> str:
-    pairs = [(name[: -len("_first")], name) for name in sorted(metrics) if name.endswith("_first")]
+    pairs = [(name.removesuffix("_before"), name) for name in sorted(metrics) if name.endswith("_before")]
     shown = [
-        f"{name.replace('_', ' ')} {metrics[first]:.3f} → {metrics[f'{name}_last']:.3f}"
+        f"{name.replace('_', ' ')} {metrics[first]:.3f} → {metrics[f'{name}_after']:.3f}"
         for name, first in pairs
-        if f"{name}_last" in metrics
+        if f"{name}_after" in metrics
     ]
     return ", ".join(shown[:3])
