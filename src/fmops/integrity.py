@@ -130,8 +130,10 @@ def _pickle_in(file: IO[bytes], name: str, suffix: str, *, depth: int) -> str | 
         return f"{name} has a suffix of pickles ({suffix})"
     start = file.read(9)
     file.seek(0)
-    # Opcode PROTO, versions 2 to 5. A safetensors file may start with these bytes too: its header length.
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and start[8:9] != b"{":
+    # Opcode PROTO, versions 2 to 5. A safetensors file may start so too, with its header length; whether it is one,
+    # `refuse_disguised` looks.
+    tensors = suffix == ".safetensors" and start[8:9] == b"{"
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not tensors:
         return f"{name} is a pickle"
     if start.startswith((b"PK\x03\x04", b"\x1f\x8b")) and depth >= _NESTED_ARCHIVES:
         return f"{name} nests archives more than {_NESTED_ARCHIVES} deep, and cannot be looked into"

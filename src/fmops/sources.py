@@ -82,6 +82,8 @@ def _resolve_one(uri: str, *, root: Path, cache: Path, digests: Digests, report:
     pin = _PIN.search(uri)
     address = uri[: pin.start()] if pin else uri
     scheme = _SCHEME.match(address)
+    if "::" in address and "://" in address:
+        raise FmopsError(f"{address!r} is a chained URL. Name the file itself.")
     if scheme is None:
         found = _local(address, root=root)
     else:

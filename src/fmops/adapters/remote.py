@@ -33,7 +33,7 @@ _NO_STORES = {
     "pyscript",
 }
 # What stores call the state of a file. Of each file those that its store knows are compared.
-_VERSION_KEYS = ("ETag", "etag", "sha256", "mtime", "LastModified", "last_modified", "created", "size")
+_VERSION_KEYS = ("ETag", "etag", "sha256", "mtime", "LastModified", "Last-Modified", "last_modified", "created", "size")
 
 
 def known_schemes() -> set[str]:
@@ -48,8 +48,6 @@ def fetch_remote(address: str, *, cache: Path, kept: Fetched | None, report: Rep
         FmopsError: no such file, no client for the scheme, or the store cannot be reached.
         IntegrityError: a file went on changing while it was downloaded.
     """
-    if "::" in address:
-        raise FmopsError(f"{address!r} is a chained URL. Name the file itself.")
     folder = cache / "remote" / hashlib.sha256(address.encode()).hexdigest()[:24]
     try:
         fs, root = fsspec.core.url_to_fs(address, skip_instance_cache=True, use_listings_cache=False)
@@ -62,18 +60,20 @@ def fetch_remote(address: str, *, cache: Path, kept: Fetched | None, report: Rep
         for path, name in paths.items():
             report(f"downloading {name} from {_public(address)}")
             files[name] = _download(fs, path, target=folder / name)
-    except FileNotFoundError:
-        raise FmopsError(
-            f"no file at {_public(address)}. Check the address; it may be a file, folder or glob."
-        ) from None
     except ImportError as error:
         raise FmopsError(f"{_public(address)}: {error}. Install the client, e.g. `pip install 'fmops[s3]'`.") from None
     except _unreachable() as error:
+        # fsspec says "not found" of an unreachable web server too; the cause tells them apart.
+        cause = error.__cause__
+        if isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) in (404, 410)):
+            raise FmopsError(
+                f"no file at {_public(address)}. Check the address; it may be a file, a folder or a glob."
+            ) from None
         if kept is not None:
             report(f"{_public(address)} cannot be reached; using the copy fetched before")
             return kept
         raise FmopsError(
-            f"{_public(address)} cannot be reached ({type(error).__name__}: {error}). Check the network and the "
+            f"{_public(address)} cannot be reached ({type(cause or error).__name__}). Check the network and the "
             "credentials, and run again: the download goes on where it broke."
         ) from None
     return Fetched(files=files, version=version, pinned=False)
@@ -99,10 +99,10 @@ def _paths(fs: Any, root: str) -> dict[str, str]:
     wildcard = min((root.find(sign) for sign in "*[" if sign in root), default=None)
     if wildcard is not None:
         found, base = [path for path in fs.glob(root) if fs.isfile(path)], root[:wildcard].rpartition("/")[0]
-    elif fs.isfile(root) or not fs.isdir(root):
-        found, base = [root], root.rpartition("/")[0]
-    else:
+    elif fs.info(root)["type"] == "directory":
         found, base = fs.find(root), root
+    else:
+        found, base = [root], root.rpartition("/")[0]
     if not found:
         raise FileNotFoundError(root)
     depth = len(_segments(base))
