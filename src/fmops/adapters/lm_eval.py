@@ -1,0 +1,239 @@
+"""lm-evaluation-harness: task objects from pinned configs, and one task's run with per-sample scores.
+
+Enters: a pinned task, its documents, a model behind the harness's interface. Leaves: one row a sample and metric.
+Refuses: unknown metrics, templates that do not render, items without a valid label, scores that are no numbers.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+# The harness draws bars on stderr; the stage reports its own progress.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import datasets
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate as run_harness
+
+from fmops.errors import FmopsError, nearest, unknown
+from fmops.evaluation.protocol import PinnedTask
+from fmops.evaluation.refusals import is_answered, is_refusal
+from fmops.evaluation.suites import GENERATION_METRICS
+
+VERSION = version("lm-eval")
+_SANDBOX = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+_SCORED = {
+    "multiple_choice": ("acc", "acc_norm", "acc_bytes", "exact_match"),
+    "loglikelihood": ("acc",),
+    "loglikelihood_rolling": ("bits_per_byte",),
+    "generate_until": ("exact_match", *GENERATION_METRICS),
+}
+"""Metrics that give each sample a score of its own, by output type. Only those can be compared in pairs."""
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def build_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> ConfigurableTask:
+    """The harness's task over these documents. `documents` may not be empty.
+
+    Raises:
+        FmopsError: a metric that the harness lacks or that gives no score per sample.
+    """
+    kind = entry.config.output_type
+    for metric in entry.metrics:
+        if metric in _SCORED[kind]:
+            continue
+        if metric in METRIC_REGISTRY or metric in {name for names in _SCORED.values() for name in names}:
+            raise FmopsError(
+                f"task {entry.task}: metric {metric!r} gives no score per sample for {kind} tasks, so it cannot be "
+                f"compared in pairs. Those that do: {', '.join(_SCORED[kind])}."
+            )
+        raise unknown(f"metric in task {entry.task}:", metric, _SCORED[kind])
+    config = entry.config
+    return ConfigurableTask(
+        config={
+            "task": entry.task,
+            "custom_dataset": lambda **_: datasets.DatasetDict({"test": datasets.Dataset.from_list(documents)}),
+            "test_split": "test",
+            "num_fewshot": 0,
+            "output_type": kind,
+            "doc_to_text": _template(config.doc_to_text, documents[0]),
+            "doc_to_target": _target(config.doc_to_target, documents[0]),
+            "doc_to_choice": _choices(config.doc_to_choice, documents[0]),
+            "description": config.description,
+            "target_delimiter": config.target_delimiter,
+            "gen_prefix": config.gen_prefix,
+            **({"generation_kwargs": dict(config.generation_kwargs or {})} if kind == "generate_until" else {}),
+            "metric_list": [
+                {"metric": name, "aggregation": "mean", "higher_is_better": entry.higher_is_better}
+                if name != "bits_per_byte"
+                else {"metric": name, "aggregation": "bits_per_byte", "higher_is_better": False}
+                for name in entry.metrics
+            ],
+            "process_results": _judge(entry.metrics) if set(entry.metrics) & set(GENERATION_METRICS) else None,
+            "metadata": {},
+        }
+    )
+
+
+def check_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
+    """Render every item and look at its label, so that a mistake shows now and not after hours.
+
+    Raises:
+        FmopsError: names the item and what is wrong with it.
+    """
+    documents = documents or [{"id": "probe", "text": "A held-out document."}]
+    where = documents[0]["id"]
+    try:
+        task = build_task(entry, documents)
+        for document in documents:
+            where = document["id"]
+            _check_document(task, entry, document)
+    except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
+        known = sorted(key for key in documents[0] if key not in {"id", "cluster"})
+        raise FmopsError(
+            f"task {entry.task}, item {where}: its template does not render: {error}. Fields: {', '.join(known)}."
+        ) from None
+
+
+def _check_document(task: ConfigurableTask, entry: PinnedTask, document: dict[str, Any]) -> None:
+    item = f"task {entry.task}, item {document['id']}"
+    text = task.doc_to_text(document)
+    if entry.config.output_type == "generate_until" and not str(text).strip():
+        raise FmopsError(f"{item}: the prompt is empty. Look at doc_to_text.")
+    target = task.doc_to_target(document)
+    if entry.config.output_type == "loglikelihood_rolling" and not str(target).strip():
+        raise FmopsError(f"{item}: the text to score is empty. Look at doc_to_target.")
+    if entry.config.output_type != "multiple_choice":
+        return
+    choices = task.doc_to_choice(document)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(str(choice).strip() for choice in choices):
+        raise FmopsError(f"{item}: doc_to_choice must give at least two answers with text, not {choices!r}.")
+    valid = target in choices if isinstance(target, str) else isinstance(target, int) and 0 <= target < len(choices)
+    if not valid:
+        raise FmopsError(
+            f"{item} has no label: doc_to_target gives {target!r}, which is none of its {len(choices)} choices. "
+            "Use the split that has answers."
+        )
+
+
+def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat: bool) -> list[dict[str, Any]]:
+    """Score every document; returns rows as `EvalReport` describes them, in document order.
+
+    Raises:
+        FmopsError: a score that is no finite number.
+    """
+    task = build_task(entry, documents)
+    results = run_harness(
+        lm, {entry.task: task}, bootstrap_iters=0, log_samples=True, apply_chat_template=chat, fewshot_as_multiturn=True
+    )
+    rows = []
+    for sample in sorted(results["samples"][entry.task], key=lambda sample: sample["doc_id"]):
+        arguments = json.dumps(sample["arguments"], sort_keys=True, ensure_ascii=False)
+        for metric in entry.metrics:
+            row = {
+                "family": entry.family,
+                "suite": entry.suite,
+                "task": entry.task,
+                "sample": sample["doc"]["id"],
+                "cluster": sample["doc"]["cluster"],
+                "metric": metric,
+                "score": _score(metric, sample[metric], entry.task, sample["doc"]["id"]),
+                "prompt_sha256": hashlib.sha256(arguments.encode()).hexdigest(),
+            }
+            if entry.config.output_type == "generate_until":
+                row["response"] = sample["filtered_resps"][0]
+            rows.append(row)
+    return rows
+
+
+def generate(lm: LM, prompts: list[str], *, max_tokens: int) -> list[str]:
+    """Greedy answers to a few prompts, through the chat template where the tokenizer has one."""
+    chat = bool(getattr(lm.tokenizer, "chat_template", None))
+    texts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
+    options = {"max_gen_toks": max_tokens, "until": []}
+    requests = [Instance("generate_until", {}, (text, options), 0) for text in texts]
+    answers: list[str] = lm.generate_until(requests)
+    return answers
+
+
+def _score(metric: str, value: Any, task: str, sample: str) -> float:
+    if metric == "bits_per_byte":
+        loglikelihood, size = value
+        value = -loglikelihood / (size * math.log(2))
+    score = float(value)
+    if not math.isfinite(score):
+        raise FmopsError(f"task {task}, item {sample}: {metric} is {score}. The checkpoint gives no usable numbers.")
+    return score
+
+
+def _judge(metrics: tuple[str, ...]) -> Callable[[dict[str, Any], list[Any]], dict[str, float]]:
+    judges: dict[str, Callable[[str], bool]] = {"refusal": is_refusal, "answered": is_answered}
+
+    def judge(_: dict[str, Any], results: list[Any]) -> dict[str, float]:
+        return {metric: float(judges[metric](results[0])) for metric in metrics if metric in judges}
+
+    return judge
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
+
+
+def _template(text: str, document: dict[str, Any]) -> Callable[[dict[str, Any]], str] | str:
+    """The harness renders Jinja without a sandbox, so templates are rendered here and handed over as functions."""
+    if not _is_template(text):
+        return text
+    compiled = _SANDBOX.from_string(text)
+    return lambda doc: compiled.render(**doc)
+
+
+def _target(target: str | int, document: dict[str, Any]) -> Any:
+    if isinstance(target, int) or target == "":
+        return target
+    if not _is_template(target):
+        if target not in document:
+            raise FmopsError(f"doc_to_target {target!r} is no field.{nearest(target, document)} {_fields(document)}")
+        return target
+    compiled = _SANDBOX.from_string(target)
+
+    def render(doc: dict[str, Any]) -> str | int:
+        text = compiled.render(**doc)
+        return int(text) if text.isdigit() else text
+
+    return render
+
+
+def _choices(choices: str | tuple[str, ...] | None, document: dict[str, Any]) -> Any:
+    if choices is None or isinstance(choices, tuple):
+        return list(choices) if choices else None
+    if not _is_template(choices):
+        if choices not in document:
+            raise FmopsError(f"doc_to_choice {choices!r} is no field.{nearest(choices, document)} {_fields(document)}")
+        return choices
+    compiled = _SANDBOX.from_string(choices)
+
+    def render(doc: dict[str, Any]) -> Any:
+        try:
+            return ast.literal_eval(compiled.render(**doc))
+        except (SyntaxError, ValueError):
+            raise FmopsError(f"doc_to_choice gives no list of strings: {compiled.render(**doc)!r}.") from None
+
+    return render
+
+
+def _fields(document: dict[str, Any]) -> str:
+    return f"Fields: {', '.join(sorted(key for key in document if key not in {'id', 'cluster'}))}."

@@ -1,0 +1,69 @@
+"""The benchmarks stage: pins the items that this lifecycle is measured on.
+
+Enters: suites and the sources of their items. Leaves: `items/<task>.jsonl` and `tasks.json`.
+Refuses: tasks without labels, unknown metrics, empty sources, templates that do not render; before hours are spent.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fmops.artifacts import Benchmarks, Source
+from fmops.errors import FmopsError
+from fmops.evaluation.items import choose, read_items
+from fmops.evaluation.protocol import pin, write_json, write_lines
+from fmops.evaluation.suites import Suite, check_together, is_path, items_input, load_suite, read_suite
+from fmops.jobs import BenchmarksJob
+from fmops.stage import StageContext
+
+
+def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContext, **sources: Source) -> Benchmarks:
+    """Choose every task's items by seed, check that they can be asked and scored, and write them down.
+
+    Args:
+        config: suite names in order, and the most items a task may have.
+        sources: `items_<task>` and, for a suite file of the user's own, `suite_<n>`; see `suite_sources`.
+
+    Raises:
+        FmopsError: what is wrong with which task, and the remedy.
+    """
+    from fmops.adapters.lm_eval import check_task
+
+    _clear(out)
+    suites = tuple(_suite(name, index, sources) for index, name in enumerate(config.suites))
+    check_together(suites)
+    pinned = []
+    items: dict[str, int] = {}
+    for suite in suites:
+        for name, task in suite.tasks.items():
+            documents = []
+            if task.corpus is None:
+                source = sources.get(items_input(name))
+                if source is None:
+                    raise FmopsError(f"task {name}: its items did not arrive as the input {items_input(name)}.")
+                documents = choose(read_items(name, task, source), config.limit, seed=context.seed, name=name)
+                write_lines(out / "items" / f"{name}.jsonl", documents)
+                items[name] = len(documents)
+            entry = pin(suite, name, items=len(documents))
+            check_task(entry, documents)
+            pinned.append(entry)
+            context.progress(len(pinned), sum(len(each.tasks) for each in suites), unit="tasks")
+    write_json(out / "tasks.json", [entry.model_dump(mode="json") for entry in pinned])
+    return Benchmarks(path=out, items=items)
+
+
+def _suite(name: str, index: int, sources: dict[str, Source]) -> Suite:
+    if not is_path(name):
+        return load_suite(name, root=Path())
+    source = sources.get(f"suite_{index}")
+    if source is None:
+        raise FmopsError(f"suite file {name} did not arrive as the input suite_{index}.")
+    return read_suite(source.files[0].path)
+
+
+def _clear(out: Path) -> None:
+    # A killed attempt may have left half of the items; they are made again in seconds.
+    shutil.rmtree(out / "items", ignore_errors=True)
+    (out / "tasks.json").unlink(missing_ok=True)
+    (out / "items").mkdir(parents=True)

@@ -1,0 +1,175 @@
+"""Evidence: two reports become paired differences, or a list of what is wrong with them.
+
+Enters: champion's and challenger's reports. Leaves: per family, one oriented difference an item.
+Refuses: nothing by exception; each defect is a problem in words, and any problem rejects the challenger.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from fmops.artifacts import EvalReport
+from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines
+
+Sample = dict[str, Any]
+Key = tuple[str, str, str]
+"""Task, sample, metric."""
+
+
+@dataclass
+class Pairs:
+    """A family's items: challenger − champion, oriented so that positive is better."""
+
+    family: str
+    differences: list[float] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
+    binary: bool = True
+    """Whether every score is 0 or 1, so that each item is won, lost or tied."""
+
+    @property
+    def won(self) -> int:
+        return sum(difference > 0 for difference in self.differences)
+
+    @property
+    def lost(self) -> int:
+        return sum(difference < 0 for difference in self.differences)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the gate may judge by. With problems there are no families to judge."""
+
+    problems: tuple[str, ...] = ()
+    tasks: tuple[PinnedTask, ...] = ()
+    families: dict[str, Pairs] = field(default_factory=dict)
+
+    def margin(self, family: str) -> float:
+        """The suites' own margin."""
+        return next(task.margin for task in self.tasks if task.family == family)
+
+    def unit(self, family: str) -> str:
+        """The unit of the family's differences."""
+        return next(task.unit for task in self.tasks if task.family == family)
+
+
+def gather(champion: EvalReport, challenger: EvalReport) -> Evidence:
+    """Pair two reports, or say why they cannot be paired."""
+    problems: list[str] = []
+    protocols: list[Protocol] = []
+    samples: list[dict[Key, Sample]] = []
+    for name, report in (("champion", champion), ("challenger", challenger)):
+        try:
+            protocol = Protocol.model_validate_json((report.path / "protocol.json").read_bytes())
+            rows = read_lines(report.path / "samples.jsonl")
+        except (OSError, ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            problems.append(f"the {name}'s evaluation cannot be read ({_first_line(error)}); evaluate it again")
+            continue
+        found, scores = _checked(name, report, protocol, rows)
+        problems += found
+        protocols.append(protocol)
+        samples.append(scores)
+    if len(protocols) < 2:
+        return Evidence(tuple(problems))
+    problems += _unlike(*protocols)
+    tasks = protocols[1].tasks
+    if problems:
+        return Evidence(tuple(problems), tasks)
+    families = _pair(tasks, *samples)
+    lonely = [
+        f"family {name} has one cluster of items: no error can be estimated; add documents or questions"
+        for name, pairs in families.items()
+        if len(set(pairs.clusters)) < 2
+    ]
+    return Evidence(tuple(lonely), tasks, families)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].split(": '")[0]
+
+
+def _checked(
+    name: str, report: EvalReport, protocol: Protocol, rows: list[Sample]
+) -> tuple[list[str], dict[Key, Sample]]:
+    """Problems of one report by itself, and its rows by key."""
+    problems = []
+    scores: dict[Key, Sample] = {}
+    for number, row in enumerate(rows, start=1):
+        if not {"task", "sample", "metric", "score", "cluster", "prompt_sha256"} <= row.keys():
+            return [f"the {name}'s samples.jsonl:{number} lacks a field; evaluate it again"], {}
+        key = (row["task"], row["sample"], row["metric"])
+        if key in scores:
+            problems.append(f"the {name} scored {_shown(key)} twice")
+        scores[key] = row
+    bad = [key for key, row in scores.items() if not _finite(row["score"])]
+    if bad:
+        problems.append(f"the {name} has {len(bad)} scores that are no finite number, first {_shown(bad[0])}")
+    if not protocol.tasks:
+        problems.append(f"the {name} was measured on nothing")
+    for task in protocol.tasks:
+        for metric in task.metrics:
+            count = sum(key[0] == task.task and key[2] == metric for key in scores)
+            if count != task.items or count == 0:
+                problems.append(f"the {name} has {count} of {task.items} registered {metric} scores of {task.task}")
+    if prompts_digest(rows) != protocol.prompts_sha256:
+        problems.append(f"the {name}'s items or prompts are not those its protocol registered")
+    if protocol.fingerprint != report.fingerprint:
+        problems.append(f"the {name}'s protocol.json is not the one its report was made with")
+    return problems, scores
+
+
+def _finite(score: Any) -> bool:
+    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+
+
+def _shown(key: Iterable[str]) -> str:
+    return "/".join(key)
+
+
+def _unlike(champion: Protocol, challenger: Protocol) -> list[str]:
+    """In which fields two protocols differ. Equal ones compare equal models equal."""
+    if champion.fingerprint == challenger.fingerprint:
+        return []
+    remedy = "evaluate both with the same items, prompts and engine"
+    problems = []
+    ours, theirs = champion.model_dump(mode="json"), challenger.model_dump(mode="json")
+    for name in sorted(set(ours["engine"]) | set(theirs["engine"])):
+        before, after = ours["engine"].get(name), theirs["engine"].get(name)
+        if before != after:
+            problems.append(f"the champion was measured with {name} {before}, the challenger with {after}; {remedy}")
+    known = {task.task: task for task in champion.tasks}
+    asked = {task.task: task for task in challenger.tasks}
+    for name in sorted(set(known) ^ set(asked)):
+        who = "champion" if name in known else "challenger"
+        problems.append(f"task {name} was asked of the {who} alone; {remedy}")
+    for name in sorted(set(known) & set(asked)):
+        fields = [key for key, value in known[name] if value != getattr(asked[name], key)]
+        if fields:
+            problems.append(f"task {name} differs in {', '.join(fields)}; {remedy}")
+    if ours["template_sha256"] != theirs["template_sha256"]:
+        problems.append(f"the chat templates differ; {remedy}")
+    if ours["prompts_sha256"] != theirs["prompts_sha256"]:
+        problems.append(f"the items or prompts differ; {remedy}")
+    if ours["seed"] != theirs["seed"]:
+        problems.append(f"the seeds differ: {ours['seed']} and {theirs['seed']}; {remedy}")
+    return problems
+
+
+def _pair(tasks: tuple[PinnedTask, ...], ours: dict[Key, Sample], theirs: dict[Key, Sample]) -> dict[str, Pairs]:
+    families: dict[str, Pairs] = {}
+    for task in tasks:
+        pairs = families.setdefault(task.family, Pairs(task.family))
+        sign = 1.0 if task.higher_is_better else -1.0
+        # In the champion's order; both hold the same keys, or the prompts' digests would differ.
+        for key, row in ours.items():
+            if key[0] == task.task and key[2] == task.metrics[0]:
+                before, after = float(row["score"]), float(theirs[key]["score"])
+                pairs.differences.append(sign * (after - before))
+                pairs.clusters.append(f"{task.task}/{row['cluster']}")
+                pairs.binary = pairs.binary and {before, after} <= {0.0, 1.0}
+    return families

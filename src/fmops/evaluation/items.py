@@ -1,0 +1,126 @@
+"""Items: rows of a source file become documents of a task.
+
+Enters: one verified source and a task's description. Leaves: documents with a stable `id` and a `cluster`.
+Refuses: formats it does not know, rows without the key, options without a label, sources in which nothing is left.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fmops.artifacts import Source
+from fmops.errors import FmopsError, nearest
+from fmops.evaluation.protocol import digest
+from fmops.evaluation.suites import SuiteTask
+
+FORMATS = (".csv", ".json", ".jsonl", ".txt")
+_LETTER = re.compile(r"(?:^|\n)\s*([A-J])\. ")
+
+
+def odd(text: str) -> bool:
+    """Whether a prompt is of the half that evaluation may use; training data takes the other one."""
+    return bool(hashlib.sha256(text.strip().lower().encode()).digest()[-1] & 1)
+
+
+def read_items(name: str, task: SuiteTask, source: Source) -> list[dict[str, Any]]:
+    """Every usable document of a task, in source order, each once.
+
+    Raises:
+        FmopsError: an unreadable file, a missing field, no usable label, or nothing left.
+    """
+    documents: dict[str, dict[str, Any]] = {}
+    rows = 0
+    for where, row in _rows(task, source):
+        rows += 1
+        _require(task.key, row, where)
+        if not _wanted(task, row, where):
+            continue
+        document = _lettered(row, where) if task.form == "lettered" else dict(row)
+        if document is None:
+            continue
+        identity = f"{name}-{digest(document)[:16]}"
+        cluster = str(row[task.cluster or task.key])
+        documents.setdefault(identity, {**document, "id": identity, "cluster": digest([name, cluster])[:16]})
+    if not documents:
+        raise FmopsError(
+            f"task {name}: none of the {rows} rows of {source.uri} is usable. Look at `only`, `half` and `form` in its "
+            "suite, or name the split that has labels."
+        )
+    return list(documents.values())
+
+
+def choose(documents: list[dict[str, Any]], limit: int | None, *, seed: int, name: str) -> list[dict[str, Any]]:
+    """At most `limit` documents, by seed, in source order; a larger limit keeps those of a smaller one."""
+    if limit is None or len(documents) <= limit:
+        return documents
+    order = list(range(len(documents)))
+    random.Random(f"{seed}/{name}").shuffle(order)
+    return [documents[index] for index in sorted(order[:limit])]
+
+
+def _rows(task: SuiteTask, source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in source.files:
+        if file.path.suffix not in FORMATS and Path(file.name).suffix not in FORMATS:
+            raise FmopsError(f"{file.name}: items are read from {', '.join(FORMATS)} files. Convert it first.")
+        try:
+            text = file.path.read_text(encoding="utf-8-sig")
+            suffix = file.path.suffix if file.path.suffix in FORMATS else Path(file.name).suffix
+            for number, row in _parse(text, suffix, key=task.key):
+                if not isinstance(row, dict):
+                    raise FmopsError(f"{file.name}:{number}: an item is an object of fields, not {type(row).__name__}.")
+                yield f"{file.name}:{number}", row
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FmopsError(f"{file.name} is no valid {suffix_of(file.name)} in UTF-8: {error}.") from None
+
+
+def suffix_of(name: str) -> str:
+    """The format's name for a message."""
+    return Path(name).suffix.removeprefix(".") or "text"
+
+
+def _parse(text: str, suffix: str, *, key: str) -> Iterator[tuple[int, Any]]:
+    # Split at \n only: items may hold U+2028, which str.splitlines would take for an end of line.
+    lines = enumerate(text.split("\n"), start=1)
+    if suffix == ".txt":
+        yield from ((number, {key: line.strip()}) for number, line in lines if line.strip())
+    elif suffix == ".jsonl":
+        yield from ((number, json.loads(line)) for number, line in lines if line.strip())
+    elif suffix == ".csv":
+        yield from enumerate(csv.DictReader(io.StringIO(text)), start=2)
+    else:
+        value = json.loads(text)
+        yield from enumerate(value if isinstance(value, list) else [value], start=1)
+
+
+def _require(field: str, row: dict[str, Any], where: str) -> None:
+    if field not in row:
+        raise FmopsError(f"{where} has no field {field!r}.{nearest(field, row)} Its fields: {', '.join(sorted(row))}.")
+
+
+def _wanted(task: SuiteTask, row: dict[str, Any], where: str) -> bool:
+    for field, pattern in task.only.items():
+        _require(field, row, where)
+        if not re.search(pattern, str(row[field]), re.IGNORECASE):
+            return False
+    return task.half is None or odd(str(row[task.key]))
+
+
+def _lettered(row: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """Turn `options` ("A. x\\nB. y") and `answer` into `choices` and `label`; None when the answer is no option."""
+    _require("options", row, where)
+    _require("answer", row, where)
+    choices = [part.strip() for part in _LETTER.split(str(row["options"]))[2::2]]
+    answer = row["answer"][0] if isinstance(row["answer"], list) and row["answer"] else row["answer"]
+    wanted = re.sub(r"^[A-J]\. ", "", str(answer)).strip()
+    if wanted not in choices or len(set(choices)) != len(choices) or not all(choices):
+        return None
+    kept = {key: value for key, value in row.items() if key not in {"options", "answer"}}
+    return {**kept, "choices": choices, "label": choices.index(wanted)}

@@ -1,0 +1,196 @@
+"""Suites as data: which tasks measure a family, from which items, with which margin.
+
+Enters: suite names, or paths to suite files of the user's own. Leaves: typed suites and the sources they need.
+Refuses: unknown names and keys, mixed units within a family, task names used twice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fmops.artifacts import Frozen
+from fmops.errors import FmopsError, unknown
+from fmops.yaml_lines import parse_yaml
+
+PACKAGED = Path(str(files("fmops.evaluation") / "suites"))
+GENERATION_METRICS = ("refusal", "answered")
+"""Metrics of our own, by the local refusal detector; every other name is lm-evaluation-harness's."""
+
+
+class TaskConfig(Frozen):
+    """The part of a lm-evaluation-harness task config that a suite may set; the names and meanings are its own.
+
+    Strings with `{{` are Jinja over the item's fields, rendered in a sandbox; other strings that name a field stand
+    for that field.
+    """
+
+    output_type: Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"]
+    doc_to_text: str = ""
+    doc_to_choice: str | tuple[str, ...] | None = None
+    doc_to_target: str | int
+    description: str = ""
+    target_delimiter: str = " "
+    gen_prefix: str | None = None
+    generation_kwargs: dict[str, Any] | None = None
+
+
+class SuiteTask(Frozen):
+    """One set of items with one way to ask them. Exactly one of `source` and `corpus` is given."""
+
+    source: str | None = Field(None, description="URI of the items: .jsonl, .json, .csv or .txt (one item a line).")
+    corpus: Literal["new", "old"] | None = Field(None, description="Held-out documents of the run's own corpus.")
+    characters: int = Field(1500, ge=100, description="Of each held-out document, the first so many are scored.")
+    licence: str = Field("unknown", description="Of the items, for the model card.")
+    form: Literal["rows", "lettered"] = Field(
+        "rows", description="`lettered`: `options` holds 'A. …' lines; they become `choices` and `label`."
+    )
+    key: str = Field("text", description="The field that holds the question; stable ids and halves are made from it.")
+    cluster: str | None = Field(None, description="Items with equal values here are one cluster. Left out: `key`.")
+    only: dict[str, str] = Field(default={}, description="Keep items whose field matches the regular expression.")
+    half: Literal["odd"] | None = Field(
+        None, description="Keep items whose key's SHA-256 is odd; even ones may be trained on."
+    )
+    chat: bool = Field(False, description="Ask through the model's chat template.")
+    metrics: tuple[str, ...] = Field(min_length=1, description="The first one is what the gate compares.")
+    config: TaskConfig
+
+    @field_validator("only")
+    @classmethod
+    def _patterns(cls, only: dict[str, str]) -> dict[str, str]:
+        for name, pattern in only.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"the pattern for {name} is no regular expression: {error}") from None
+        return only
+
+    @model_validator(mode="after")
+    def _whole(self) -> SuiteTask:
+        if (self.source is None) == (self.corpus is None):
+            raise ValueError("give either `source` (items) or `corpus` (held-out documents)")
+        own = [name for name in self.metrics if name in GENERATION_METRICS]
+        if own and self.config.output_type != "generate_until":
+            raise ValueError(f"metric {own[0]} judges generated text: output_type must be generate_until")
+        if self.config.output_type == "multiple_choice" and self.config.doc_to_choice is None:
+            raise ValueError("multiple_choice needs doc_to_choice")
+        return self
+
+
+class Suite(Frozen):
+    """Tasks of one family; the gate pools their items."""
+
+    suite: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    family: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    about: str = Field(description="What it measures, and what it cannot show.")
+    margin: float = Field(gt=0, description="Loss that the gate tolerates, in `unit`.")
+    unit: str = Field(description="accuracy, bits per byte, share refused, …; equal over a family.")
+    higher_is_better: bool
+    tasks: dict[str, SuiteTask] = Field(min_length=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, tasks: dict[str, SuiteTask]) -> dict[str, SuiteTask]:
+        for name in tasks:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+                raise ValueError(f"task name {name!r}: use lower-case letters, digits and hyphens")
+        return tasks
+
+
+def suite_names() -> list[str]:
+    """The suites that come with FMOps."""
+    return sorted(path.stem for path in PACKAGED.glob("*.yaml"))
+
+
+def is_path(name: str) -> bool:
+    """Whether a suite is named by its file rather than by a packaged name."""
+    return name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name
+
+
+def read_suite(path: Path) -> Suite:
+    """Read one suite file.
+
+    Raises:
+        FmopsError: each mistake with its line.
+    """
+    if not path.is_file():
+        raise FmopsError(f"no suite file at {path}. Give its path from the spec's folder, or a packaged suite's name.")
+    document = parse_yaml(path)
+    try:
+        return Suite.model_validate(document.value)
+    except ValidationError as error:
+        problems = [document.explain(item, Suite) for item in error.errors(include_url=False)]
+        raise FmopsError("\n".join(dict.fromkeys(problems))) from None
+
+
+def load_suite(name: str, *, root: Path) -> Suite:
+    """The packaged suite `name`, or the suite file that `name` points to from `root`.
+
+    Raises:
+        FmopsError: no such suite, with the nearest packaged name.
+    """
+    if is_path(name):
+        return read_suite(root / name)
+    if name not in suite_names():
+        raise unknown("suite", name, suite_names())
+    return read_suite(PACKAGED / f"{name}.yaml")
+
+
+def check_together(suites: tuple[Suite, ...]) -> None:
+    """Refuse suites that could not be pooled or told apart.
+
+    Raises:
+        FmopsError: a task name used twice, or families that mix units, directions or margins.
+    """
+    owners: dict[str, str] = {}
+    pooled: dict[str, Suite] = {}
+    for suite in suites:
+        for task in suite.tasks:
+            if task in owners:
+                raise FmopsError(f"task {task!r} is in suite {owners[task]} and in {suite.suite}. Rename one.")
+            owners[task] = suite.suite
+        first = pooled.setdefault(suite.family, suite)
+        for field in ("unit", "higher_is_better", "margin"):
+            ours, theirs = getattr(suite, field), getattr(first, field)
+            if ours != theirs:
+                raise FmopsError(
+                    f"suites {first.suite} and {suite.suite} share the family {suite.family!r} but differ in {field}: "
+                    f"{theirs} and {ours}. The gate pools a family, so make them equal or name another family."
+                )
+
+
+def items_input(task: str) -> str:
+    """The name of the stage input that brings a task's items."""
+    return "items_" + task.replace("-", "_")
+
+
+def suite_sources(names: tuple[str, ...], *, root: Path) -> dict[str, str]:
+    """What the benchmarks stage needs beside its config: input name → URI.
+
+    `items_<task>` are a task's items; `suite_<n>` is the n-th suite's own file where the user wrote it, so that an
+    edit changes the stage's fingerprint. A suite file's relative sources are meant from its own folder.
+
+    Raises:
+        FmopsError: an unknown suite, or suites that do not go together.
+    """
+    suites = tuple(load_suite(name, root=root) for name in names)
+    check_together(suites)
+    sources: dict[str, str] = {}
+    for index, (name, suite) in enumerate(zip(names, suites, strict=True)):
+        if is_path(name):
+            sources[f"suite_{index}"] = name
+        for task, described in suite.tasks.items():
+            if described.source is not None:
+                sources[items_input(task)] = _from_root(described.source, name, root)
+    return sources
+
+
+def _from_root(source: str, name: str, root: Path) -> str:
+    if "://" in source or Path(source).is_absolute() or not is_path(name):
+        return source
+    return os.path.relpath((root / name).parent / source, root)
