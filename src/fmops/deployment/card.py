@@ -1,6 +1,6 @@
 """The model card and the data list, from artifacts alone.
 
-Enters: the artifacts that a model was made from and measured with. Leaves: text and plain values, equal for equal input.
+Enters: the artifacts that a model was made from and measured with. Leaves: text and plain values.
 Refuses: to guess; what no artifact states is named as not stated.
 """
 

@@ -1,0 +1,102 @@
+"""The process around the app: a socket, uvicorn, and an orderly end.
+
+Enters: a bound socket and the app. Leaves: a listening server, until a signal; then exit 0.
+Refuses: a port that is taken. On SIGTERM readiness ends first, then new work is refused, then running answers finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import uvicorn
+from starlette.applications import Starlette
+
+from fmops.deployment.serving.service import Service
+from fmops.errors import FmopsError
+
+GRACE_S = 20.0
+"""How long running answers may take after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
+
+
+class BuildApp(Protocol):
+    """Makes the routes for a service."""
+
+    def __call__(self, service: Service, *, name: str) -> Starlette: ...
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on the address, not yet listening.
+
+    Raises:
+        FmopsError: the address is in use or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise FmopsError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another port with --port "
+            "(0 takes a free one), or end what listens there."
+        ) from None
+    return listener
+
+
+def address(listener: socket.socket) -> str:
+    """The URL of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(
+    make_service: Callable[[], Service], build_app: BuildApp, listener: socket.socket, *, name: str,
+    grace_s: float = GRACE_S,
+) -> None:  # fmt: skip
+    """Serve until a signal, then drain. Prints the address once it listens."""
+
+    async def run() -> None:
+        service = make_service()
+        config = uvicorn.Config(
+            build_app(service, name=name), log_level="warning", access_log=False, lifespan="off", server_header=False,
+            timeout_graceful_shutdown=5,
+        )  # fmt: skip
+        await _Server(config, service, address(listener), grace_s).serve(sockets=[listener])
+
+    asyncio.run(run())
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn closes its sockets at the signal; here the service drains first, and answers 503 meanwhile."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, url: str, grace_s: float) -> None:
+        super().__init__(config)
+        self._service, self._url, self._grace_s = service, url, grace_s
+        self._signals = 0
+        self._loop = asyncio.get_running_loop()
+        self._drained: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(f"{self._service.version} listens on {self._url}/v1  (stop with Ctrl-C)", flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. Second: end now. Neither is raised again: an orderly end exits with 0."""
+        self._signals += 1
+        if self._signals == 1:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+        else:
+            self.should_exit = self.force_exit = True
+
+    def _begin_drain(self) -> None:
+        self._drained = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._service.drain(grace_s=self._grace_s)
+        self.should_exit = True
