@@ -41,11 +41,11 @@ class Project:
         self, report: Callable[[str], None] | None = None, *, only: str | None = None
     ) -> dict[tuple[str, ...], Source]:
         """Bring every source here and verify it; those already here cost a look at their file times."""
-        from fmops.sources import cache_folder, resolve
+        from fmops.sources import resolve
 
         nodes = self.graph.nodes.values() if only is None else [self.graph.nodes[only]]
         wanted = wanted_sources(self.graph) if only is None else [u for node in nodes for u in node.sources.values()]
-        return {uris: resolve(uris, root=self.graph.root, cache=cache_folder(), report=report) for uris in wanted}
+        return {uris: resolve(uris, root=self.graph.root, report=report) for uris in wanted}
 
     def planner(self, report: Callable[[str], None] | None = None) -> Planner:
         """A planner over resolved sources."""
