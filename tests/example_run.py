@@ -63,6 +63,8 @@ def write_example(root: Path, *, ends: str = "promote", spec: dict[str, Any] | N
         ends: `promote`, `reject`, `failed` (in pretraining), `killed` (in pretraining), `cached` (all but the
             release were there), `empty` (a run folder without an event).
     """
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "lifecycle.yaml").write_text(json.dumps({**SPEC, **(spec or {})}, indent=1))
     lifecycle = Lifecycle.model_validate({**SPEC, **(spec or {})})
     graph = build(lifecycle, root)
     store = Store(root / ".fmops")
@@ -75,7 +77,9 @@ def write_example(root: Path, *, ends: str = "promote", spec: dict[str, Any] | N
         "started": "2026-09-21T14:26:40+00:00", "champion": None,
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(facts))
-    _Example(graph, store, folder, ends).write()
+    example = _Example(graph, store, folder, ends)
+    example.write()
+    example.log._stream.close()
     return store, folder
 
 

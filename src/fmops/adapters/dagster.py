@@ -29,6 +29,10 @@ telemetry:
 compute_logs:
   module: dagster._core.storage.noop_compute_log_manager
   class: NoOpComputeLogManager
+# Without this a run started from the page waits for a daemon.
+run_coordinator:
+  module: dagster.core.run_coordinator
+  class: DefaultRunCoordinator
 """
 
 GROUPS = {
@@ -59,33 +63,38 @@ def run_in_process(graph: Graph, execute: Execute, *, dagster_home: Path, select
         Whatever `execute` raises, unchanged.
     """
     raised: list[BaseException] = []
+    blocked: list[str] = []
 
     def guarded(name: str) -> Record:
         try:
-            return execute(name)
+            record = execute(name)
         except dg.DagsterExecutionInterruptedError:
             raised.append(KeyboardInterrupt())
             raise
         except BaseException as error:
             raised.append(error)
             raise
+        if record.kind == "gate" and record.artifact["verdict"] != "promote":
+            blocked.append(name)
+        return record
 
     with open_instance(dagster_home) as instance:
-        result = dg.materialize(
-            [*assets(graph, guarded), *source_assets(graph)],
-            instance=instance,
-            selection=[asset_key(name) for name in selection],
-            raise_on_error=False,
-            tags={"fmops/name": graph.spec.name},
-            # Dagster's own log would drown the lines that `fmops run` prints.
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
-    if raised:
-        raise raised[0]
-    blocked = [check for check in result.get_asset_check_evaluations() if not check.passed]
-    if not result.success and not blocked:
-        failures = [event.message for event in result.all_events if event.is_failure]
-        raise RuntimeError(f"Dagster could not run {', '.join(selection)}: {'; '.join(map(str, failures))}")
+        try:
+            dg.materialize(
+                [*assets(graph, guarded), *source_assets(graph)],
+                instance=instance,
+                selection=[asset_key(name) for name in selection],
+                # Stop at the first error: without it Dagster goes on with every stage that does not depend on it.
+                raise_on_error=True,
+                tags={"fmops/name": graph.spec.name},
+                # Dagster's own log would drown the lines that `fmops run` prints.
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        except BaseException:
+            if raised:
+                raise raised[0] from raised[0].__cause__
+            if not blocked:
+                raise
     return not blocked
 
 
@@ -107,6 +116,26 @@ def definitions(graph: Graph, execute: Execute, store: Store) -> dg.Definitions:
         executor=dg.in_process_executor,
         metadata={"workspace": dg.MetadataValue.path(str(store.root))},
     )
+
+
+def rebuild(store: Store, *, dagster_home: Path) -> int:
+    """Report to Dagster every node's newest record that it does not know; returns how many those were.
+
+    An emptied or missing database shows the workspace again; on a full one this adds nothing.
+    """
+    newest = {record.node: record for record in store.records()}
+    reported = 0
+    with open_instance(dagster_home) as instance:
+        for record in newest.values():
+            known = instance.get_latest_materialization_event(asset_key(record.node))
+            shown = known.asset_materialization if known else None
+            if shown and shown.metadata.get("fingerprint") == dg.MetadataValue.text(record.fingerprint):
+                continue
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(asset_key(record.node), description=record.key, metadata=_metadata(record))
+            )
+            reported += 1
+    return reported
 
 
 def assets(graph: Graph, execute: Execute, *, newest: Mapping[str, Record] | None = None) -> list[dg.AssetsDefinition]:

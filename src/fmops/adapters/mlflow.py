@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
 from fmops.errors import FmopsError
-from fmops.locks import locked
+from fmops.locks import holder, locked
 from fmops.orchestration.history import History, NodeRun, read_history
 from fmops.orchestration.provenance import flatten
 from fmops.store import RECORD, Record, Store, utc_now
@@ -46,7 +46,8 @@ def tracking_uri(store: Store) -> str:
 def log_run(store: Store, folder: Path) -> str:
     """Log one run: a parent, and a child for each stage that was executed. Returns the parent's MLflow id.
 
-    Logging a run again adds nothing; a run that was being logged when the process died is completed.
+    Logging a run again adds nothing; a run that was being logged when the process died is completed. A run that was
+    killed counts as ended once nobody holds the workspace.
     """
     history = read_history(store, folder)
     with _client(store) as client:
@@ -55,7 +56,7 @@ def log_run(store: Store, folder: Path) -> str:
         for node in history.nodes.values():
             if node.state in ("done", "failed"):
                 _log_node(client, store, experiment, history, node, parent=parent)
-        if not _complete(client, parent) and history.finished:
+        if not _complete(client, parent) and (history.finished or not holder(store.root / "lock")):
             _log_parent(client, parent, history)
     return parent
 
@@ -185,8 +186,11 @@ def _log_parent(client: MlflowClient, run: str, history: History) -> None:
     if history.error:
         client.set_tag(run, "fmops.error", history.error)
     client.set_tag(run, COMPLETE, "yes")
-    status = RunStatus.to_string(RunStatus.FAILED if history.error else RunStatus.FINISHED)
-    client.set_terminated(run, status, end_time=int((history.finished or 0) * 1000))
+    states = {node.state for node in history.nodes.values()}
+    # A gate that rejects is a run that did its work.
+    status = RunStatus.FAILED if "failed" in states else RunStatus.KILLED if "running" in states else RunStatus.FINISHED
+    ended = history.finished or max((node.ended or 0.0 for node in history.nodes.values()), default=0.0)
+    client.set_terminated(run, RunStatus.to_string(status), end_time=int((ended or history.started or 0) * 1000))
 
 
 def _log_node(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fmops.errors import FmopsError, GateRejected
 from fmops.locks import locked
@@ -16,25 +16,14 @@ from fmops.orchestration.launch import launch_local
 from fmops.orchestration.project import Project
 from fmops.store import Record
 
-if TYPE_CHECKING:
-    import dagster
-
 SPEC = "FMOPS_SPEC"
 WORKSPACE = "FMOPS_WORKSPACE"
 
 
-def load(spec: str | None, workspace: str | None) -> dagster.Definitions:
-    """The definitions of a spec file.
-
-    Raises:
-        FmopsError: no spec is named.
-    """
+def load(spec: str, workspace: str | None) -> Any:
+    """The `dagster.Definitions` of a spec file."""
     from fmops.adapters.dagster import definitions
 
-    if not spec:
-        raise FmopsError(
-            f"{SPEC} is not set. Open the page with `fmops ui`, or set it to the path of a lifecycle.yaml."
-        )
     project = Project.open(Path(spec), workspace=Path(workspace) if workspace else None)
     return definitions(project.graph, lambda name: materialise(project, name), project.store)
 

@@ -24,7 +24,7 @@ class NodeRun:
 
     name: str
     state: State = "waiting"
-    """`running` also means: the run was killed in it. `skipped`: the run ended before it."""
+    """`running` also means: the run was interrupted or killed in it. `skipped`: the run ended before it."""
     reason: str = ""
     error: str | None = None
     fingerprint: str | None = None
@@ -78,8 +78,8 @@ def read_history(store: Store, folder: Path) -> History:
             _apply(nodes.setdefault(event["node"], NodeRun(event["node"])), event)
     if finished:
         for node in nodes.values():
-            if node.state in ("waiting", "running"):
-                node.state = "failed" if node.state == "running" else "skipped"
+            if node.state == "waiting":
+                node.state = "skipped"
     _attach_records(nodes, store.records())
     return History(folder.name, folder, facts, nodes, started, finished, error, champion)
 

@@ -46,10 +46,10 @@ def headline(history: History) -> Headline:
         word = "Rejected" if gate.artifact["verdict"] == "reject" else "More data needed"
         tone = "bad" if gate.artifact["verdict"] == "reject" else "open"
         return Headline(word, tone, "Nothing is released: " + "; ".join(gate.artifact["reasons"]) + ".")
-    if history.finished is None:
-        at = next((node.name for node in history.nodes.values() if node.state == "running"), None)
-        sentence = f"It was in {at} when this page was written; `fmops run` goes on from there." if at else ""
-        return Headline("Unfinished", "open", sentence)
+    cut_off = next((node.name for node in history.nodes.values() if node.state == "running"), None)
+    if cut_off or history.finished is None:
+        sentence = f"{history.error + '. ' if history.error else ''}`fmops run` goes on from where it was."
+        return Headline(f"Cut off in {cut_off}" if cut_off else "Unfinished", "open", sentence)
     if history.error:
         return Headline("Stopped", "bad", history.error)
     if release is None:
