@@ -9,7 +9,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_SEED = 2**63 - 1
 
@@ -24,6 +24,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 """Fields about the caller, with no effect on the answer."""
+
+
+BRANCHES = ("str", "list", "TextPart")
 
 
 class RequestError(Exception):
@@ -54,6 +57,16 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _whole_characters(text: str) -> str:
+    if text != _sendable(text):
+        raise ValueError("half a surrogate pair is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+SomeText = Annotated[str, Field(min_length=1), AfterValidator(_whole_characters)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -62,14 +75,14 @@ class TextPart(_Body):
     """A piece of a message; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     @property
@@ -88,12 +101,12 @@ class StreamOptions(_Body):
 class Sampling(_Body):
     """What both kinds of request share."""
 
-    model: str
+    model: Text
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     stop: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)] | None
+        Annotated[list[SomeText], Field(max_length=4), BeforeValidator(_as_list)] | None
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -117,7 +130,7 @@ class ChatBody(Sampling):
 class CompletionBody(Sampling):
     """`POST /v1/completions`. One prompt a request: a text or token ids."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: SomeText | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
@@ -170,8 +183,13 @@ def _possible(body: Sampling) -> None:
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     """The first mistake, with its path as a client writes it."""
-    first = error.errors(include_url=False)[0]
-    path = [str(step) for step in first["loc"] if _is_path(step)]
+    mistakes = error.errors(include_url=False)
+    # Where several types are possible each complains; the one that got furthest is what the client meant.
+    here = _path(mistakes[0]["loc"])
+    first = max(
+        (item for item in mistakes if _path(item["loc"])[: len(here)] == here), key=lambda item: len(item["loc"])
+    )
+    path = _path(first["loc"])
     param = ".".join(path)
     if first["type"] == "extra_forbidden":
         near = get_close_matches(path[-1], list(kind.model_fields), n=1) if len(path) == 1 else []
@@ -182,6 +200,6 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
     return RequestError(f"{param!r}: {first['msg']}", param=param, code="invalid_value")
 
 
-def _is_path(step: int | str) -> bool:
+def _path(steps: tuple[int | str, ...]) -> list[str]:
     """Pydantic also lists the branch of a union that it tried; a client knows nothing of those."""
-    return isinstance(step, int) or (step.isidentifier() and step not in ("str", "TextPart", "list"))
+    return [str(step) for step in steps if isinstance(step, int) or (step.isidentifier() and step not in BRANCHES)]
