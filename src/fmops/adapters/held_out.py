@@ -1,0 +1,75 @@
+"""Loss on text and dialogues that training never sees.
+
+Enters: a model, documents or packed blocks. Leaves: bits per byte, nats per token.
+Refuses: to disturb training: same arithmetic, no gradients, the mode it found is put back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmops.adapters.model_files import evaluating
+from fmops.adapters.packing import IGNORED, Block, collate, pack
+
+DOMAIN_TOKENS = 2048
+"""Held-out tokens scored a domain and measurement: a few seconds on a laptop, since they are scored many times."""
+DOCUMENT_TOKENS = 256
+"""Tokens scored of one document, so that several documents are heard."""
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Openings of held-out documents, packed, and the bytes that their predicted tokens stand for."""
+
+    blocks: tuple[Block, ...]
+    predicted_bytes: int
+
+    def bits_per_byte(self, model: Any, *, dtype: torch.dtype) -> float:
+        """Comparable between tokenizers, as a loss per token is not (Gao et al. 2020, section 3.1)."""
+        nats, _ = total_loss(model, self.blocks, dtype=dtype)
+        return nats / math.log(2) / self.predicted_bytes
+
+
+def read_held_out(path: Path, tokenizer: Any, *, block_tokens: int) -> HeldOutText | None:
+    """The first `DOMAIN_TOKENS` tokens of documents in a JSON Lines file (key `text`); None when there are none."""
+    pieces: list[Block] = []
+    predicted_bytes, left = 0, DOMAIN_TOKENS
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        text = json.loads(line)["text"]
+        encoded = tokenizer(text[: DOCUMENT_TOKENS * 16], add_special_tokens=False, return_offsets_mapping=True)
+        size = min(len(encoded["input_ids"]), DOCUMENT_TOKENS, block_tokens, left)
+        if size < 2:
+            continue
+        pieces.append(Block(np.asarray(encoded["input_ids"][:size], dtype=np.int32), (size,)))
+        offsets = encoded["offset_mapping"]
+        # The first token has no predecessor to be predicted from, so its bytes do not count.
+        predicted_bytes += len(text[offsets[1][0] : offsets[size - 1][1]].encode())
+        left -= size
+    return HeldOutText(tuple(pack(pieces, block_tokens=block_tokens)), predicted_bytes) if pieces else None
+
+
+def total_loss(model: Any, blocks: Sequence[Block], *, dtype: torch.dtype) -> tuple[float, int]:
+    """Negative log-likelihood of all labelled tokens, in nats, and how many there are."""
+    nats, tokens = 0.0, 0
+    with evaluating(model, dtype=dtype) as device:
+        for block in blocks:
+            batch = {
+                key: value.to(device) if torch.is_tensor(value) else value for key, value in collate([block]).items()
+            }
+            labels = batch.pop("labels")[0, 1:]
+            learnt = labels != IGNORED
+            if not learnt.any():
+                continue
+            logits = model(**batch).logits[0, :-1][learnt].float()
+            nats += float(torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum"))
+            tokens += int(learnt.sum())
+    return nats, tokens

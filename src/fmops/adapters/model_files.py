@@ -1,0 +1,160 @@
+"""Model folders: read into Transformers, written back deterministically.
+
+Enters: a Hugging Face folder with safetensors. Leaves: a model in memory; a folder that depends on the weights alone.
+Refuses: anything but safetensors, and code that comes with a model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fmops.errors import FmopsError
+from fmops.stage import StageContext
+
+PRECISION_GAIN = 1.5
+"""How much faster bfloat16 must multiply before `auto` takes it; below that the rounding buys nothing."""
+
+
+def quiet() -> None:
+    """Keep progress bars out of the way: a stage reports through its context."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # Renamings inside the libraries, which neither a user nor a stage can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+
+
+def load_model(folder: Path) -> Any:
+    """The causal language model in `folder`, in float32."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def save_model(model: Any, out: Path, *, source: Path) -> None:
+    """Write `model` to `out`, with the tokenizer and generation files of the folder it was loaded from.
+
+    Those files are copied, not written again: training must not change a token id or the chat template.
+    """
+    if out.exists():
+        shutil.rmtree(out)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    # Trainers switch the cache off and mirror special tokens in the model's own config.
+    config.dtype = torch.float32
+    model.config = config
+    model.save_pretrained(out)
+    for path in sorted(source.iterdir()):
+        if path.name != "config.json" and path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+    forget_paths(out / "config.json")
+
+
+def save_adapter(model: Any, out: Path) -> None:
+    """Write a PEFT model's adapter to `out`, without the path of its base."""
+    if out.exists():
+        shutil.rmtree(out)
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)
+    forget_paths(out / "adapter_config.json")
+
+
+def forget_paths(config: Path) -> None:
+    """Drop where a model was loaded from, and put lists that were sets in order: equal weights, equal bytes."""
+    values = json.loads(config.read_text())
+    for key in ("_name_or_path", "_model_name_or_path", "base_model_name_or_path"):
+        values.pop(key, None)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def add_lora(model: Any, *, rank: int) -> Any:
+    """Wrap `model` with a LoRA adapter on every linear layer but the head; its scale is twice the rank."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora_config(rank=rank))
+
+
+def lora_config(*, rank: int) -> Any:
+    """LoRA on every linear layer but the head (Hu et al. 2021; all layers: Schulman et al. 2025)."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def choose_precision(context: StageContext, *, work: Path) -> torch.dtype:
+    """Training arithmetic: as the context asks, or measured once and kept for every later attempt of this run."""
+    kept = work / "precision"
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if context.precision in names:
+        return names[context.precision]
+    if context.precision != "auto":
+        raise FmopsError(f"unknown precision {context.precision!r}. Known: auto, bfloat16, float32.")
+    if not kept.is_file():
+        single, half = _gemm_seconds(torch.float32), _gemm_seconds(torch.bfloat16)
+        name = "bfloat16" if single / half >= PRECISION_GAIN else "float32"
+        context.note(f"training in {name}: bfloat16 multiplies {single / half:.1f}× as fast as float32 here")
+        draft = work / "precision.tmp"
+        draft.write_text(name)
+        draft.replace(kept)
+    return names[kept.read_text()]
+
+
+def _gemm_seconds(dtype: torch.dtype, *, size: int = 1024) -> float:
+    """Best of three multiplications of two size × size matrices."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+@contextmanager
+def evaluating(model: Any, *, dtype: torch.dtype) -> Iterator[torch.device]:
+    """Inference as training computes: evaluation mode, no gradients, the same autocast; training mode afterwards."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
+            yield device
+    finally:
+        model.train(training)
+
+
+def check_loads(folder: Path) -> None:
+    """Prove that Transformers knows the architecture and reads the tokenizer, without reading the weights."""
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise FmopsError(f"the base model cannot be read: {error}. Name another.") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise FmopsError(f"{config.model_type} is no causal language model. Name another base.")
+    if len(tokenizer) > config.vocab_size:
+        raise FmopsError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}. They do not match."
+        )

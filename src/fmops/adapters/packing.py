@@ -1,0 +1,225 @@
+"""Token sequences as packed blocks, their order, and the batches that a model sees.
+
+Enters: blocks (token ids, lengths of the pieces inside, labels). Leaves: an ordered training plan, batches.
+Refuses: nothing silently: what does not fit a block is the caller's to refuse.
+
+Attention never crosses pieces because a batch has `position_ids` that restart at every piece, no attention mask, and
+`use_cache=False`: only then does Transformers build a block-diagonal mask (`find_packed_sequence_indices`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+IGNORED = -100
+OPEN_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Block:
+    """One training sequence: several pieces, one after the other."""
+
+    input_ids: NDArray[np.int32]
+    """[tokens]"""
+    lengths: tuple[int, ...]
+    """Tokens of each piece, in order."""
+    labelled: NDArray[np.bool_] | None = None
+    """[tokens] True where the token is to be learnt; None means every token."""
+
+    def cut(self, tokens: int) -> Block:
+        """The first `tokens` tokens."""
+        lengths, left = [], tokens
+        for length in self.lengths:
+            lengths.append(min(length, left))
+            left -= lengths[-1]
+            if left == 0:
+                break
+        return Block(self.input_ids[:tokens], tuple(lengths), None if self.labelled is None else self.labelled[:tokens])
+
+
+def labels_of(block: Block) -> NDArray[np.int64]:
+    """[tokens] the ids to predict, −100 where nothing is learnt: unlabelled tokens, and each piece's first token.
+
+    Models shift labels by one, so a first token's label would ask the piece before to predict it.
+    """
+    labels = block.input_ids.astype(np.int64)
+    if block.labelled is not None:
+        labels[~block.labelled] = IGNORED
+    starts = np.cumsum((0, *block.lengths[:-1]))
+    labels[starts] = IGNORED
+    return labels
+
+
+def positions_of(lengths: Sequence[int]) -> NDArray[np.int64]:
+    """[tokens] positions that restart at every piece."""
+    return np.concatenate([np.arange(length) for length in lengths])
+
+
+def collate(blocks: Sequence[Block]) -> dict[str, Any]:
+    """One row of all blocks' pieces. Leaves `input_ids`, `position_ids`, `labels`, each [1, tokens], and no mask."""
+    lengths = [length for block in blocks for length in block.lengths]
+    return {
+        "input_ids": torch.from_numpy(np.concatenate([block.input_ids for block in blocks]).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(positions_of(lengths))[None],
+        "labels": torch.from_numpy(np.concatenate([labels_of(block) for block in blocks]))[None],
+        "use_cache": False,
+    }
+
+
+def only_learnt(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch of one row, asking for logits only where the next token is learnt: the head is dear."""
+    following = batch["labels"][:, 1:]
+    places = (following[0] != IGNORED).nonzero()[:, 0]
+    # The first place stands in where nothing is learnt, so that the loss is a differentiable zero.
+    places = places if len(places) else places.new_zeros(1)
+    return {**batch, "logits_to_keep": places, "shift_labels": following[:, places]}
+
+
+def pack(pieces: Sequence[Block], *, block_tokens: int) -> list[Block]:
+    """Put pieces into blocks of at most `block_tokens` tokens, first fit among the last few open blocks."""
+    open_blocks: list[list[Block]] = []
+    room: list[int] = []
+    done: list[Block] = []
+    for piece in pieces:
+        size = len(piece.input_ids)
+        place = next((i for i, free in enumerate(room) if free >= size), None)
+        if place is None:
+            if len(open_blocks) == OPEN_BLOCKS:
+                done.append(_joined(open_blocks.pop(0)))
+                room.pop(0)
+            open_blocks.append([])
+            room.append(block_tokens)
+            place = len(room) - 1
+        open_blocks[place].append(piece)
+        room[place] -= size
+    return done + [_joined(block) for block in open_blocks]
+
+
+def _joined(pieces: Sequence[Block]) -> Block:
+    labelled = [
+        np.ones(len(piece.input_ids), dtype=bool) if piece.labelled is None else piece.labelled for piece in pieces
+    ]
+    return Block(
+        np.concatenate([piece.input_ids for piece in pieces]),
+        tuple(length for piece in pieces for length in piece.lengths),
+        np.concatenate(labelled),
+    )
+
+
+def read_blocks(shards: Sequence[Path]) -> BlockFile:
+    """The blocks of parquet shards (columns `input_ids`, `lengths`), read in shard order."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    table = pa.concat_tables([parquet.read_table(shard, columns=["input_ids", "lengths"]) for shard in shards])
+    return BlockFile(table)
+
+
+class BlockFile(Sequence[Block]):
+    """Blocks in an Arrow table: four bytes a token, made into arrays one at a time."""
+
+    def __init__(self, table: Any) -> None:
+        self._ids = table.column("input_ids")
+        self._lengths = table.column("lengths")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        ids = self._ids[index].values.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+        return Block(ids, tuple(self._lengths[index].as_py()))
+
+    def sizes(self) -> list[int]:
+        """Tokens of each block."""
+        import pyarrow.compute as compute
+
+        return [int(size) for size in compute.list_value_length(self._ids).to_pylist()]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which block is read when. `order` and `steps` cover the whole run; a resumed run skips into it."""
+
+    order: tuple[int, ...]
+    """Block indices, epoch after epoch, each epoch in its own seeded order."""
+    last_tokens: int
+    """Tokens kept of the last block, so that the run ends on its token budget exactly."""
+    blocks_per_step: int
+    tokens: int
+    """Tokens the whole run reads."""
+    tokens_after: tuple[int, ...]
+    """Tokens read after each optimizer step."""
+    item: str = "training blocks"
+    """What `order` counts, for messages."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.tokens_after)
+
+    def blocks_of(self, step: int) -> tuple[int, ...]:
+        """Blocks that optimizer step `step` (counted from 1) reads."""
+        return self.order[(step - 1) * self.blocks_per_step : step * self.blocks_per_step]
+
+
+def plan_training(sizes: Sequence[int], *, tokens: int, batch_tokens: int, seed: int) -> Plan:
+    """Read blocks in seeded order, over as many epochs as it takes, until `tokens` tokens are read.
+
+    A step reads a fixed number of blocks, as near to `batch_tokens` as their mean size allows.
+    """
+    order: list[int] = []
+    reads: list[int] = []
+    left = tokens
+    for index in _endless_order(sizes, seed):
+        read = min(sizes[index], left)
+        # One lone token teaches nothing: it has no predecessor to be predicted from.
+        if read < 2:
+            break
+        order.append(index)
+        reads.append(read)
+        left -= read
+    per_step = max(1, round(batch_tokens * len(sizes) / max(1, sum(sizes))))
+    after = np.cumsum(reads)
+    ends = [min(end, len(reads)) - 1 for end in range(per_step, len(reads) + per_step, per_step)]
+    return Plan(
+        order=tuple(order),
+        last_tokens=reads[-1] if reads else 0,
+        blocks_per_step=per_step,
+        tokens=int(after[-1]) if reads else 0,
+        tokens_after=tuple(int(after[end]) for end in ends),
+    )
+
+
+def _endless_order(sizes: Sequence[int], seed: int) -> Iterator[int]:
+    """Indices of blocks of two tokens and more, epoch after epoch; each epoch is a permutation of its own."""
+    usable = [index for index, size in enumerate(sizes) if size >= 2]
+    epoch = 0
+    while usable:
+        indices = list(usable)
+        random.Random(f"{seed} epoch {epoch}").shuffle(indices)
+        yield from indices
+        epoch += 1
+
+
+class PlannedBlocks(torch.utils.data.Dataset[Block]):
+    """The plan's blocks in reading order, as the trainer's data set."""
+
+    def __init__(self, blocks: Sequence[Block], plan: Plan) -> None:
+        self._blocks = blocks
+        self._plan = plan
+
+    def __len__(self) -> int:
+        return len(self._plan.order)
+
+    def __getitem__(self, index: int) -> Block:
+        if index >= len(self):
+            raise IndexError(index)
+        block = self._blocks[self._plan.order[index]]
+        return block.cut(self._plan.last_tokens) if index == len(self) - 1 else block

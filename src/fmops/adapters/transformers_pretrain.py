@@ -1,0 +1,113 @@
+"""Continued pretraining with Transformers' Trainer.
+
+Enters: a model folder, packed blocks, a plan. Leaves: a trained model folder, its curve, resume states while it runs.
+Refuses: what `trainer` refuses: steps that are not finite, resume states that are not whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from fmops.adapters.held_out import read_held_out
+from fmops.adapters.model_files import add_lora, choose_precision, load_model, load_tokenizer, save_adapter, save_model
+from fmops.adapters.packing import PlannedBlocks, collate, labels_of, plan_training, read_blocks
+from fmops.adapters.trainer import Guarded, Keep, Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.artifacts import Corpus
+from fmops.errors import FmopsError
+from fmops.lifecycle import Pretrain
+from fmops.stage import StageContext
+
+LORA_RANK = 64
+"""Continued pretraining stores more than instruction tuning does, so its adapter is wider."""
+
+
+class PretrainTrainer(Guarded, Trainer):  # type: ignore[misc]
+    """Transformers' Trainer under our watch."""
+
+
+def train(
+    config: Pretrain,
+    *,
+    source: Path,
+    corpus: Corpus,
+    out: Path,
+    keep: Keep | None,
+    context: StageContext,
+) -> Trained:
+    """Train the model in `source` on the corpus; write `out/model` (and `out/adapter` where LoRA is trained).
+
+    `keep` judges each measured row of the curve; the run stops at the first it refuses and keeps the weights before.
+    """
+    prepare(context)
+    work = out / ".work"
+    work.mkdir(parents=True, exist_ok=True)
+    dtype = choose_precision(context, work=work)
+    blocks = read_blocks(corpus.train_shards)
+    plan = plan_training(blocks.sizes(), tokens=config.tokens, batch_tokens=config.batch_tokens, seed=context.seed)
+    if not plan.steps:
+        raise FmopsError(f"the corpus has {len(blocks)} blocks with nothing to learn in them. Curate more documents.")
+    model = load_model(source)
+    parameters = model.num_parameters()
+    if config.tuning == "lora":
+        model = add_lora(model, rank=LORA_RANK)
+    watch = Watch(
+        plan=plan,
+        context=context,
+        evaluate=_held_out_losses(corpus, source, dtype=dtype),
+        evaluate_at=evenly(config.evaluations, plan.steps, end=True),
+        save_at=evenly(config.checkpoints, plan.steps, end=False),
+        keep=keep,
+    )
+    planned = PlannedBlocks(blocks, plan)
+    trainer = PretrainTrainer(
+        model=model,
+        args=TrainingArguments(
+            **arguments(
+                work=work,
+                steps=plan.steps,
+                accumulate=plan.blocks_per_step,
+                schedule=Schedule(config.learning_rate, config.warmup, config.decay),
+                dtype=dtype,
+                seed=context.seed,
+            )
+        ),
+        train_dataset=planned,
+        data_collator=collate,
+    )
+    run(trainer, watch, work=work)
+    if config.tuning == "lora":
+        save_adapter(model, out / "adapter")
+        model = model.merge_and_unload()
+    save_model(model, out / "model", source=source)
+    last = watch.kept_step if watch.stopped and watch.kept_step is not None else plan.steps
+    read = min(last * plan.blocks_per_step, len(planned))
+    return Trained(
+        parameters=parameters,
+        trained_tokens=sum(int((labels_of(planned[index]) >= 0).sum()) for index in range(read)),
+        curve=watch.curve,
+        stopped=watch.stopped,
+        kept_step=watch.kept_step,
+        tokens_per_s=watch.tokens_per_s(plan.steps),
+    )
+
+
+def _held_out_losses(corpus: Corpus, source: Path, *, dtype: torch.dtype) -> Callable[[Any], dict[str, float]]:
+    """Measures bits per byte on the new and, where the corpus knows one, on the old domain."""
+    tokenizer = load_tokenizer(source)
+    domains = {
+        name: read_held_out(
+            corpus.path / "held_out" / f"{name}.jsonl", tokenizer, block_tokens=max(2, corpus.block_tokens)
+        )
+        for name in ("new", "old")
+    }
+    texts = {name: text for name, text in domains.items() if text is not None}
+
+    def measure(model: Any) -> dict[str, float]:
+        return {f"{name}_bits_per_byte": text.bits_per_byte(model, dtype=dtype) for name, text in texts.items()}
+
+    return measure

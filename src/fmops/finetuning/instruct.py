@@ -1,0 +1,75 @@
+"""Instruction tuning: the model learns the assistant's part of dialogues.
+
+Enters: a checkpoint with a chat template, conversations. Leaves: a checkpoint.
+Refuses: dialogues longer than a block, and templates whose answers it cannot tell apart.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fmops.artifacts import Checkpoint, Conversations
+from fmops.errors import FmopsError
+from fmops.finetuning.dialogue import Encoded, Unusable, encode_dialogue
+from fmops.lifecycle import Instruct
+from fmops.stage import StageContext
+
+
+def instruct(
+    config: Instruct, *, checkpoint: Checkpoint, conversations: Conversations, out: Path, context: StageContext
+) -> Checkpoint:
+    """Tune `checkpoint` on `conversations`; killed, and called again, it goes on where it was.
+
+    Raises:
+        FmopsError: a dialogue is too long, none is usable, or the chat template is ambiguous.
+        StageFailed: a loss is not finite, or a resume state cannot be written.
+    """
+    from fmops.adapters.model_files import load_tokenizer
+    from fmops.adapters.trl_sft import train
+
+    tokenizer = load_tokenizer(checkpoint.model)
+    train_set = read_dialogues(conversations.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
+    held_out = read_dialogues(conversations.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
+    if not train_set:
+        raise FmopsError("no conversation can be learnt from. See the notes above, and name another source.")
+    result = train(config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context)
+    (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
+    losses = [row["loss"] for row in result.curve if "loss" in row]
+    metrics = {"first_loss": losses[0], "last_loss": losses[-1], "tokens_per_s": result.tokens_per_s}
+    if held_out:
+        metrics |= {
+            "held_out_loss_before": result.curve[0]["held_out_loss"],
+            "held_out_loss_after": result.curve[-1]["held_out_loss"],
+        }
+    return Checkpoint(
+        path=out,
+        stage="instruct",
+        parameters=result.parameters,
+        trained_tokens=result.trained_tokens,
+        metrics=metrics,
+        licence=checkpoint.licence,
+    )
+
+
+def read_dialogues(path: Path, config: Instruct, *, tokenizer: Any, context: StageContext) -> list[Encoded]:
+    """The dialogues of a JSON Lines file as tokens. What cannot be used is counted and said, never dropped silently."""
+    encoded, unusable = [], {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        row = json.loads(line)
+        try:
+            dialogue = encode_dialogue(row["messages"], tokenizer=tokenizer)
+        except Unusable as reason:
+            unusable[row["id"]] = str(reason)
+            continue
+        if len(dialogue.ids) > config.block_tokens:
+            raise FmopsError(
+                f"conversation {row['id']} has {len(dialogue.ids)} tokens, more than instruct.block_tokens "
+                f"{config.block_tokens}. Raise block_tokens, or shorten it."
+            )
+        encoded.append(dialogue)
+    if unusable:
+        first = next(iter(unusable))
+        context.note(f"{len(unusable)} conversations in {path.name} left out; {first}: {unusable[first]}")
+    return encoded

@@ -1,0 +1,90 @@
+"""Continued pretraining, held to a contract about what may be forgotten.
+
+Enters: a checkpoint, a curated corpus. Leaves: a checkpoint, with its losses on the new and the old domain.
+Refuses: to keep weights whose loss on the old domain rose above the ceiling; a corpus without training blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fmops.artifacts import Checkpoint, Corpus
+from fmops.errors import FmopsError
+from fmops.lifecycle import Pretrain
+from fmops.stage import StageContext
+
+Row = Mapping[str, float]
+
+
+def pretrain(
+    config: Pretrain, *, checkpoint: Checkpoint, corpus: Corpus, out: Path, context: StageContext
+) -> Checkpoint:
+    """Train `checkpoint` on `corpus` for `config.tokens` tokens; killed, and called again, it goes on where it was.
+
+    Raises:
+        FmopsError: the corpus has no blocks, or a ceiling is set and the corpus has no old domain.
+        StageFailed: a loss is not finite, or a resume state cannot be written.
+    """
+    from fmops.adapters.transformers_pretrain import train
+
+    if not corpus.train_shards:
+        raise FmopsError("the corpus has no training shards. Curate it again, from documents that pass the filters.")
+    ceiling = config.old_domain_ceiling
+    if ceiling is not None and not corpus.held_out_old:
+        raise FmopsError(
+            "pretrain.old_domain_ceiling is set, but the corpus holds out no document of an old domain. "
+            "Add documents to a corpus with role replay, or drop the ceiling."
+        )
+    result = train(
+        config,
+        source=checkpoint.model,
+        corpus=corpus,
+        out=out,
+        keep=None if ceiling is None else lambda start, row: within_ceiling(start, row, ceiling=ceiling),
+        context=context,
+    )
+    last = result.curve[-1]
+    if result.stopped:
+        last = next(row for row in result.curve if row["step"] == result.kept_step)
+        context.note(_stopped_note(result.curve[0], result.curve[-1], kept=last, ceiling=ceiling or 0.0))
+    (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
+    return Checkpoint(
+        path=out,
+        stage="pretrain",
+        parameters=result.parameters,
+        trained_tokens=result.trained_tokens,
+        metrics={
+            **summary(result.curve, last=last),
+            "tokens_per_s": result.tokens_per_s,
+            **({} if ceiling is None else {"stopped_at_ceiling": float(result.stopped)}),
+        },
+        licence=checkpoint.licence,
+    )
+
+
+def within_ceiling(start: Row, row: Row, *, ceiling: float) -> bool:
+    """Weights may be kept while the old domain's loss is at most `ceiling` bits per byte above where it began."""
+    return row["old_bits_per_byte"] - start["old_bits_per_byte"] <= ceiling
+
+
+def summary(curve: Sequence[Row], *, last: Row) -> dict[str, float]:
+    """First and last training loss (nats a token), and held-out losses before and after; `last` is the row kept."""
+    losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= last["step"]]
+    found = {"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
+    for name in ("new_bits_per_byte", "old_bits_per_byte"):
+        if name in curve[0] and name in last:
+            found |= {f"{name}_before": curve[0][name], f"{name}_after": last[name]}
+    return found
+
+
+def _stopped_note(start: Row, stop: Row, *, kept: Row, ceiling: float) -> str:
+    rise = stop["old_bits_per_byte"] - start["old_bits_per_byte"]
+    kept_as = (
+        f"the weights of step {kept['step']:g} are kept" if kept["step"] else "the weights are those it began with"
+    )
+    return (
+        f"stopped at step {stop['step']:g}: the old domain's loss rose by {rise:.4f} bits per byte, above the ceiling "
+        f"of {ceiling:g}; {kept_as}. Give replay more weight, or lower the learning rate."
+    )

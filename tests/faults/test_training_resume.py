@@ -1,0 +1,188 @@
+"""Training is killed, its resume states are torn, corrupted or cannot be written.
+
+Whatever happens, the weights in the end equal those of an uninterrupted run bit for bit, or the error says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+
+from training_inputs import a_checkpoint, a_corpus, some_conversations, some_preferences  # noqa: E402
+
+from fmops.adapters import resume  # noqa: E402
+from fmops.artifacts import Checkpoint  # noqa: E402
+from fmops.errors import StageFailed  # noqa: E402
+from fmops.lifecycle import Align, Instruct, Pretrain  # noqa: E402
+from fmops.stage import StageContext  # noqa: E402
+
+STAGES = ("pretrain", "instruct", "align")
+
+
+def train(stage: str, inputs: Path, out: Path, stream: io.StringIO) -> Checkpoint:
+    """Run one training stage as the stage process does."""
+    from fmops.finetuning.align import align
+    from fmops.finetuning.instruct import instruct
+    from fmops.pretraining.pretrain import pretrain
+
+    model = inputs / "model"
+    out.mkdir(parents=True, exist_ok=True)
+    common = {
+        "checkpoint": a_checkpoint(inputs / "base", model),
+        "out": out,
+        "context": StageContext(seed=7, stream=stream),
+    }
+    if stage == "pretrain":
+        # A generous ceiling: every measured step's weights are kept, and must come back too.
+        config = Pretrain(tokens=900, batch_tokens=128, learning_rate=1e-3, checkpoints=3, old_domain_ceiling=9.0)
+        return pretrain(config, corpus=a_corpus(inputs / "corpus", model), **common)
+    if stage == "instruct":
+        tuning = Instruct(batch_tokens=150, block_tokens=150, learning_rate=1e-3, checkpoints=3)
+        return instruct(tuning, conversations=some_conversations(inputs / "talk"), **common)
+    return align(
+        Align(batch_pairs=4, learning_rate=1e-3, checkpoints=3),
+        preferences=some_preferences(inputs / "pairs"),
+        **common,
+    )
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of everything that the stage process would commit."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and ".work" not in path.parts)
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "model").symlink_to(tiny_model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+
+    def of(stage: str) -> dict[str, str]:
+        if stage not in found:
+            out = tmp_path_factory.mktemp(stage) / "out"
+            train(stage, inputs, out, io.StringIO())
+            found[stage] = digests(out)
+        return found[stage]
+
+    return of
+
+
+def killed(stage: str, inputs: Path, out: Path, fault: str) -> None:
+    """Train in a process of its own, which is killed at a fault site."""
+    ended = subprocess.run(
+        [sys.executable, __file__, stage, str(inputs), str(out)],
+        env={**os.environ, "FMOPS_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        ("pretrain", "step:1"),
+        ("pretrain", "checkpoint-half-written:2"),
+        ("pretrain", "checkpoint-before-rename:2"),
+        ("pretrain", "checkpoint-prune:1"),
+        ("instruct", "checkpoint-written:2"),
+        ("align", "checkpoint-sealed:2"),
+    ],
+)
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(stage, fault, inputs, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    killed(stage, inputs, out, fault)
+    assert not (out / "model").exists()
+    train(stage, inputs, out, io.StringIO())
+    assert digests(out) == uninterrupted(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_equal_inputs_give_equal_bytes(stage, inputs, uninterrupted, tmp_path):
+    train(stage, inputs, tmp_path / "again", io.StringIO())
+    assert digests(tmp_path / "again") == uninterrupted(stage)
+
+
+def newest(out: Path) -> Path:
+    found = [path for path in (out / ".work").glob("checkpoint-*") if (path / resume.MANIFEST).is_file()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: flip(folder / "optimizer.pt"), "optimizer.pt does not match its digest"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "model.safetensors has 1000 bytes instead of"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (lambda folder: (folder / resume.MANIFEST).write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "stray.bin").write_bytes(b"x"), "stray.bin does not belong to it"),
+        (lambda folder: (folder / resume.MANIFEST).unlink(), "was torn while it was written"),
+    ],
+    ids=["bit-flip", "truncated", "missing", "torn-manifest", "stray", "no-manifest"],
+)
+def test_a_damaged_resume_state_is_passed_over_and_said(harm, said, inputs, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    train("pretrain", inputs, out, io.StringIO())
+    damaged = newest(out)
+    harm(damaged)
+    stream = io.StringIO()
+    train("pretrain", inputs, out, stream)
+    notes = [event["text"] for event in map(json.loads, stream.getvalue().splitlines()) if event["event"] == "note"]
+    assert any(said in note for note in notes), notes
+    assert any(note.startswith("going on from checkpoint") and note != damaged.name for note in notes), notes
+    assert digests(out) == uninterrupted("pretrain")
+
+
+def test_at_most_two_resume_states_are_kept(inputs, tmp_path):
+    train("pretrain", inputs, tmp_path / "out", io.StringIO())
+    assert len(list((tmp_path / "out" / ".work").glob("checkpoint-*"))) == resume.KEPT
+
+
+def test_a_full_disk_is_said_and_leaves_earlier_states_whole(inputs, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    killed("pretrain", inputs, out, "checkpoint-begin:2")
+    before = newest(out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # SIGXFSZ would kill this process; ignored, the write fails as on a full disk.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(StageFailed, match=r"could not be written.*MB\s+are free.*training goes on from the newest"):
+            train("pretrain", inputs, out, io.StringIO())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert newest(out) == before
+    train("pretrain", inputs, out, io.StringIO())
+    assert digests(out) == uninterrupted("pretrain")
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), io.StringIO())

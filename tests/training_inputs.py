@@ -1,0 +1,94 @@
+"""Small inputs for training tests: a corpus, conversations and preferences over Python's own documentation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+
+from fmops.artifacts import Checkpoint, Conversations, Corpus, Preferences
+
+NAMES = sorted(topics)
+
+
+def a_checkpoint(folder: Path, model: Path) -> Checkpoint:
+    """A base checkpoint over the tiny model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "model").exists():
+        (folder / "model").symlink_to(model)
+    return Checkpoint(path=folder, stage="base", parameters=1, trained_tokens=0, licence="MIT-0")
+
+
+def a_corpus(folder: Path, model: Path, *, blocks: int = 8, block_tokens: int = 128) -> Corpus:
+    """Blocks of two documents each, and three held-out documents a domain."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    from fmops.adapters.model_files import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    half = block_tokens // 2
+    rows = []
+    for index in range(blocks):
+        first, second = (tokenizer(topics[NAMES[2 * index + i]])["input_ids"][:half] for i in (0, 1))
+        rows.append((first + second, [len(first), len(second)]))
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    (folder / "held_out").mkdir(exist_ok=True)
+    table = pa.table(
+        {
+            "input_ids": pa.array([ids for ids, _ in rows], pa.list_(pa.int32())),
+            "lengths": pa.array([lengths for _, lengths in rows], pa.list_(pa.int32())),
+        }
+    )
+    parquet.write_table(table, folder / "train" / "00000.parquet")
+    for name, start in (("new", 40), ("old", 50)):
+        _write(
+            folder / "held_out" / f"{name}.jsonl",
+            [{"id": n, "text": topics[n][:400], "source": name} for n in NAMES[start : start + 3]],
+        )
+    return Corpus(
+        path=folder,
+        documents=2 * blocks,
+        tokens=int(np.sum([len(ids) for ids, _ in rows])),
+        blocks=blocks,
+        block_tokens=block_tokens,
+        replay_share=0.0,
+        held_out_new=3,
+        held_out_old=3,
+    )
+
+
+def some_conversations(folder: Path, *, train: int = 24) -> Conversations:
+    """Questions about topics, answered with their first words."""
+
+    def row(name: str) -> dict[str, object]:
+        messages = [
+            {"role": "user", "content": f"What about {name.lower()}?"},
+            {"role": "assistant", "content": topics[name][:60].strip()},
+        ]
+        return {"id": name, "source": "topics", "messages": messages}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "train.jsonl", [row(name) for name in NAMES[:train]])
+    _write(folder / "held_out.jsonl", [row(name) for name in NAMES[train : train + 4]])
+    return Conversations(path=folder, conversations=train, held_out=4)
+
+
+def some_preferences(folder: Path, *, train: int = 24) -> Preferences:
+    """Documentation is preferred to a shrug."""
+
+    def row(name: str) -> dict[str, object]:
+        prompt = [{"role": "user", "content": f"What about {name.lower()}?"}]
+        chosen, rejected = topics[name][:60].strip(), "Who knows?"
+        return {"id": name, "source": "topics", "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "train.jsonl", [row(name) for name in NAMES[:train]])
+    _write(folder / "held_out.jsonl", [row(name) for name in NAMES[train : train + 4]])
+    return Preferences(path=folder, pairs=train, held_out=4)
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
