@@ -63,10 +63,15 @@ def build_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> Configurab
             )
         raise unknown(f"metric in task {entry.task}:", metric, _SCORED[kind])
     config = entry.config
+    try:
+        split = datasets.Dataset.from_list(documents)
+    except (TypeError, ValueError) as error:
+        # Arrow wants one type a column.
+        raise FmopsError(f"task {entry.task}: a field has values of different types: {error}.") from None
     return ConfigurableTask(
         config={
             "task": entry.task,
-            "custom_dataset": lambda **_: datasets.DatasetDict({"test": datasets.Dataset.from_list(documents)}),
+            "custom_dataset": lambda **_: datasets.DatasetDict({"test": split}),
             "test_split": "test",
             "num_fewshot": 0,
             "output_type": kind,
@@ -98,7 +103,7 @@ def check_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
     documents = documents or [{"id": "probe", "text": "A held-out document."}]
     where = documents[0]["id"]
     try:
-        task = build_task(entry, documents)
+        task = _peeked(entry, documents)
         for document in documents:
             where = document["id"]
             _check_document(task, entry, document)
@@ -106,6 +111,17 @@ def check_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
         known = sorted(key for key in documents[0] if key not in {"id", "cluster"})
         raise FmopsError(
             f"task {entry.task}, item {where}: its template does not render: {error}. Fields: {', '.join(known)}."
+        ) from None
+
+
+def _peeked(entry: PinnedTask, documents: list[dict[str, Any]]) -> ConfigurableTask:
+    try:
+        return build_task(entry, documents)
+    except IndexError:
+        # The harness looks up the first item's label while it is made.
+        raise FmopsError(
+            f"task {entry.task}, item {documents[0]['id']} has no label: doc_to_target gives "
+            f"{entry.config.doc_to_target!r}, which is none of its choices. Use the split that has answers."
         ) from None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -218,8 +219,13 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         for answer, places in zip(answers, scored, strict=True):
             rows = torch.tensor([row[place] for place in places])
             tokens = torch.tensor(answer)
-            value = (logits[rows, tokens] - normaliser[rows]).sum()
-            results.append((float(value), bool((best[rows] == tokens).all())))
+            value = float((logits[rows, tokens] - normaliser[rows]).sum())
+            if not math.isfinite(value):
+                # The largest of NaNs is the first one: accuracy would look like a number.
+                raise FmopsError(
+                    f"the checkpoint gives a log-likelihood of {value}: its weights are no usable numbers."
+                )
+            results.append((value, bool((best[rows] == tokens).all())))
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -1,0 +1,273 @@
+"""What lets a model go on: the gate's policy, its error rates, and evidence that must not be believed."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmops.artifacts import EvalReport
+from fmops.errors import FmopsError
+from fmops.evaluation.evidence import Evidence, Pairs
+from fmops.evaluation.gate import decide, gate
+from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.suites import TaskConfig
+from fmops.lifecycle import Gate
+
+MARGIN = 0.1
+
+
+def pinned(family: str, *, items: int, higher: bool = True) -> PinnedTask:
+    return PinnedTask(
+        task=f"{family}-task", suite=family, family=family, margin=MARGIN, unit="accuracy", higher_is_better=higher,
+        metrics=("acc",), chat=False, corpus=None, characters=None, items=items, licence="MIT",
+        config=TaskConfig(output_type="multiple_choice", doc_to_choice="choices", doc_to_target="label"),
+    )  # fmt: skip
+
+
+def report(folder: Path, scores: dict[str, list[float]], *, higher: bool = True, **engine: str) -> EvalReport:
+    """A report on disk with one task a family."""
+    folder.mkdir()
+    rows = [
+        {"family": family, "suite": family, "task": f"{family}-task", "sample": f"{family}-{index}",
+         "cluster": str(index), "metric": "acc", "score": score, "prompt_sha256": f"{family}{index}"}
+        for family, values in scores.items() for index, score in enumerate(values)
+    ]  # fmt: skip
+    protocol = Protocol(
+        tasks=tuple(pinned(family, items=len(values), higher=higher) for family, values in scores.items()),
+        engine={"torch": "2", **engine}, template_sha256=None, prompts_sha256=prompts_digest(rows), seed=0,
+    )  # fmt: skip
+    write_lines(folder / "samples.jsonl", rows)
+    write_json(folder / "protocol.json", protocol.model_dump(mode="json"))
+    return EvalReport(path=folder, metrics=(), fingerprint=protocol.fingerprint)
+
+
+@pytest.fixture
+def judge(tmp_path, context):
+    """Run the gate on two reports with no gain asked for, unless said."""
+
+    def run(champion: EvalReport, challenger: EvalReport, **config):
+        out = tmp_path / "gate"
+        out.mkdir(exist_ok=True)
+        config = {"primary": (), **config}
+        return gate(Gate(**config), champion=champion, challenger=challenger, out=out, context=context)
+
+    return run
+
+
+def half(n: int) -> list[float]:
+    return [float(index % 2) for index in range(n)]
+
+
+def test_a_better_model_is_promoted_and_the_reason_has_numbers(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(200), "other": half(200)})
+    challenger = report(tmp_path / "b", {"skill": [1.0] * 200, "other": half(200)})
+    decision = judge(champion, challenger, primary=("skill",))
+    assert decision.verdict == "promote"
+    assert decision.improved == ("skill",)
+    assert decision.reasons[0].startswith("skill improved: +0.5000 accuracy (one-sided 95 % bounds")
+    assert "n = 200" in decision.reasons[0]
+    written = json.loads((tmp_path / "gate" / "decision.json").read_text())
+    assert written["verdict"] == "promote"
+    assert "path" not in written
+
+
+def test_a_regression_in_one_family_outweighs_every_gain(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(400), "harm": [1.0] * 400})
+    challenger = report(tmp_path / "b", {"skill": [1.0] * 400, "harm": half(400)})
+    decision = judge(champion, challenger, primary=("skill",))
+    assert decision.verdict == "reject"
+    assert decision.reasons[0].startswith("harm regressed: -0.5000")
+    assert len(decision.reasons) == 1
+
+
+def test_too_few_items_ask_for_more(tmp_path, judge):
+    decision = judge(report(tmp_path / "a", {"skill": half(10)}), report(tmp_path / "b", {"skill": half(10)}))
+    assert decision.verdict == "need more data"
+    assert "skill is undecided" in decision.reasons[0]
+    assert "add items or widen the margin" in decision.reasons[0]
+
+
+def test_an_equal_model_is_no_gain(tmp_path, judge):
+    scores = {"loss": [1.0 + 0.01 * index for index in range(50)]}
+    decision = judge(report(tmp_path / "a", scores), report(tmp_path / "b", scores), primary=("loss",))
+    assert decision.verdict == "reject"
+    assert "a gain in loss is ruled out" in decision.reasons[0]
+
+
+def test_lower_is_better_where_the_suite_says_so(tmp_path, judge):
+    before = [1.0 + 0.01 * index for index in range(50)]
+    after = [value - 0.05 - 0.001 * (index % 3) for index, value in enumerate(before)]
+    champion = report(tmp_path / "a", {"loss": before}, higher=False)
+    challenger = report(tmp_path / "b", {"loss": after}, higher=False)
+    assert judge(champion, challenger, primary=("loss",)).verdict == "promote"
+    assert judge(challenger, champion, primary=("loss",)).verdict == "reject"
+
+
+def test_the_specs_margin_wins_over_the_suites(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(200)})
+    challenger = report(tmp_path / "b", {"skill": [0.0] * 40 + half(160)})
+    assert judge(champion, challenger).verdict == "need more data"
+    assert judge(champion, challenger, margins={"skill": 0.2}).verdict == "promote"
+    assert judge(champion, challenger, margins={"skill": 0.01}).verdict == "reject"
+
+
+def test_a_margin_for_nothing_is_a_mistake(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(20)})
+    with pytest.raises(FmopsError, match=r"unknown family under gate.margins: 'skil'. Did you mean 'skill'\?"):
+        judge(champion, champion, margins={"skil": 0.1})
+
+
+def test_an_unmeasured_primary_family_rejects(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(500)})
+    decision = judge(champion, champion, primary=("domain",))
+    assert decision.verdict == "reject"
+    assert "the primary family domain was not measured" in decision.reasons[0]
+
+
+def rewrite(folder: Path, change) -> None:
+    rows = read_lines(folder / "samples.jsonl")
+    write_lines(folder / "samples.jsonl", change(rows))
+
+
+TAMPERED = {
+    "nan": (lambda rows: [{**rows[0], "score": math.nan}, *rows[1:]], "scores that are no finite number"),
+    "text": (lambda rows: [{**rows[0], "score": "1"}, *rows[1:]], "scores that are no finite number"),
+    "fewer": (lambda rows: rows[:-1], "has 499 of 500 registered acc scores of skill-task"),
+    "none": (lambda rows: [], "has 0 of 500 registered acc scores of skill-task"),
+    "twice": (lambda rows: [*rows, rows[0]], "scored skill-task/skill-0/acc twice"),
+    "prompt": (lambda rows: [{**rows[0], "prompt_sha256": "x"}, *rows[1:]], "items or prompts are not those"),
+    "clusters": (lambda rows: [{**row, "cluster": str(n)} for n, row in enumerate(rows, 1)], "items or prompts are not"),
+    "field": (lambda rows: [{"task": "skill-task"}], "samples.jsonl:1 lacks a field"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("defect", TAMPERED)
+@pytest.mark.parametrize("who", ["champion", "challenger"])
+def test_evidence_with_a_defect_rejects(tmp_path, judge, defect, who):
+    change, told = TAMPERED[defect]
+    reports = {name: report(tmp_path / name, {"skill": half(500)}) for name in ("champion", "challenger")}
+    assert judge(**reports).verdict == "promote"
+    rewrite(tmp_path / who, change)
+    decision = judge(**reports)
+    assert decision.verdict == "reject"
+    assert any(f"the {who}" in reason and told in reason for reason in decision.reasons), decision.reasons
+    assert decision.families == ()
+
+
+def test_missing_samples_reject(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"skill": half(500)}) for name in ("a", "b"))
+    (tmp_path / "b" / "samples.jsonl").unlink()
+    decision = judge(champion, challenger)
+    assert decision.verdict == "reject"
+    assert "the challenger's evaluation cannot be read" in decision.reasons[0]
+    assert str(tmp_path) not in decision.reasons[0]
+
+
+def test_another_engine_or_task_rejects_and_says_which(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(500)}, transformers="5.24")
+    challenger = report(tmp_path / "b", {"skill": half(500)}, transformers="5.25")
+    assert judge(champion, challenger).reasons == (
+        "the champion was measured with transformers 5.24, the challenger with 5.25; "
+        "evaluate both with the same items, prompts and engine",
+    )
+    more = report(tmp_path / "c", {"skill": half(500), "harm": half(500)}, transformers="5.24")
+    assert "task harm-task was asked of the challenger alone" in judge(champion, more).reasons[0]
+
+
+def test_a_report_that_lost_its_protocol_rejects(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"skill": half(500)}) for name in ("a", "b"))
+    forged = challenger.model_copy(update={"fingerprint": "0" * 64})
+    assert "protocol.json is not the one" in judge(champion, forged).reasons[0]
+
+
+def test_one_document_is_no_evidence(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"loss": [1.5]}) for name in ("a", "b"))
+    decision = judge(champion, challenger)
+    assert decision.verdict == "reject"
+    assert "family loss has one cluster" in decision.reasons[0]
+
+
+def evidence(families: dict[str, list[float]], *, binary: bool = True) -> Evidence:
+    pairs = {
+        name: Pairs(name, differences, [str(index) for index in range(len(differences))], binary)
+        for name, differences in families.items()
+    }
+    return Evidence((), tuple(pinned(name, items=len(values)) for name, values in families.items()), pairs)
+
+
+def draw(rng: random.Random, n: int, *, shift: float, disagreement: float = 0.2) -> list[float]:
+    won = (disagreement + shift) / 2
+    draws = [rng.random() for _ in range(n)]
+    return [1.0 if value < won else -1.0 if value < disagreement else 0.0 for value in draws]
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=2), min_size=1))
+def test_promotion_always_means_every_family_cleared_its_margin(families):
+    decision = decide(evidence(families), alpha=0.05, margins={}, primary=())
+    cleared = all(result.lower > -result.margin for result in decision.families)
+    assert (decision.verdict == "promote") == cleared
+    assert all(result.lower <= result.difference <= result.upper for result in decision.families)
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=5, max_size=80), st.integers(0, 79))
+def test_a_better_answer_never_hurts(differences, index):
+    index %= len(differences)
+    better = [min(1.0, value + 1) if place == index else value for place, value in enumerate(differences)]
+    before, after = (
+        decide(evidence({"a": values}), alpha=0.05, margins={}, primary=()).families[0]
+        for values in (differences, better)
+    )
+    assert after.lower >= before.lower - 1e-9
+
+
+FAMILIES = ("capability", "domain", "forgetting", "harm", "over-refusal", "bias")
+
+
+def promotions(trials: int, shifts: dict[str, float], *, n: int, primary: tuple[str, ...], seed: int) -> int:
+    rng = random.Random(seed)
+    promoted = 0
+    for _ in range(trials):
+        found = evidence({name: draw(rng, n, shift=shifts.get(name, 0.0)) for name in FAMILIES})
+        promoted += decide(found, alpha=0.05, margins={}, primary=primary).verdict == "promote"
+    return promoted
+
+
+def at_least(hits: int, n: int, level: float = 0.999) -> float:
+    """Clopper–Pearson: what the rate is at least."""
+    from scipy.special import betaincinv
+
+    return 0.0 if hits == 0 else float(betaincinv(hits, n - hits + 1, 1 - level))
+
+
+def test_noise_is_promoted_no_more_often_than_alpha():
+    # Two primaries of equal models, 600 pairs of reports, six families of 300 items.
+    promoted = promotions(600, {}, n=300, primary=("domain", "capability"), seed=3)
+    assert at_least(promoted, 600) <= 0.05
+
+
+@pytest.mark.parametrize("worse", ["harm", "bias"])
+def test_a_true_regression_at_the_margin_is_blocked(worse):
+    # The domain gains much, so only the regressed family stands in the way; at the margin it passes with at most α.
+    promoted = promotions(400, {"domain": 0.18, worse: -MARGIN}, n=300, primary=("domain",), seed=4)
+    assert at_least(promoted, 400) <= 0.05
+
+
+def test_a_good_model_is_promoted():
+    promoted = promotions(200, {"domain": 0.15}, n=600, primary=("domain",), seed=5)
+    assert promoted / 200 > 0.95
+
+
+def test_clustered_gains_count_documents_not_sentences():
+    # Forty sentences of two documents: the sentences agree, the documents are too few to conclude anything.
+    differences = [1.0] * 20 + [0.0] * 20
+    pairs = Pairs("domain", differences, ["a"] * 20 + ["b"] * 20, True)
+    found = Evidence((), (pinned("domain", items=40),), {"domain": pairs})
+    decision = decide(found, alpha=0.05, margins={}, primary=("domain",))
+    assert decision.verdict == "need more data"
+    assert "2 clusters" in decision.reasons[0]
