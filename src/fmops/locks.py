@@ -15,8 +15,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from fmops.errors import FmopsError
+
+
+_held: set[IO[str]] = set()
+
+
+def _let_go_in_forked_child() -> None:
+    # A forked child shares the lock; one that outlives its parent would go on holding it.
+    for stream in _held:
+        stream.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_forked_child)
 
 
 @contextmanager
@@ -31,14 +45,18 @@ def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
         deadline = time.monotonic() + wait_s
         while not _try_lock(stream.fileno()):
             if time.monotonic() >= deadline:
-                raise FmopsError(_held(path))
+                raise FmopsError(_refusal(path))
             time.sleep(0.02)
-        stream.seek(0)
-        stream.truncate()
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": _now()}
-        stream.write(json.dumps(holder))
-        stream.flush()
-        yield
+        _held.add(stream)
+        try:
+            stream.seek(0)
+            stream.truncate()
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": _now()}
+            stream.write(json.dumps(me))
+            stream.flush()
+            yield
+        finally:
+            _held.discard(stream)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -62,7 +80,7 @@ def holder(path: Path) -> str | None:
     return f"pid {found['pid']} on {found['host']} since {found['since']} ({found['command']})"
 
 
-def _held(path: Path) -> str:
+def _refusal(path: Path) -> str:
     who = holder(path) or "a process that has just ended"
     return f"{path.parent} is held by {who}. Wait until it ends, or stop it; two writers would mix their work."
 

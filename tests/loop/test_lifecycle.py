@@ -116,21 +116,22 @@ def test_a_regression_beyond_the_margin_is_not_released(copied):
     assert "nothing is released" in again.stderr
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "run-event:3",  # the run dies while a stage works: the stage must end with it
-        "run-after-pretrain:1",
-        "commit-before-record:1",  # each stage process dies once before its record
-        "run-before-promote:1",
-    ],
-)
-def test_killed_anywhere_it_goes_on_and_ends_bit_for_bit_the_same(finished, tiny_model, tmp_path, fault):
+def test_killed_again_and_again_it_goes_on_and_ends_bit_for_bit_the_same(finished, tiny_model, tmp_path):
     folder = tmp_path / "project"
     folder.mkdir()
     spec = write_project(folder, tiny_model)
-    killed = fmops("run", spec=spec, fault=fault)
-    assert killed.returncode != 0
+    faults = (
+        "commit-before-record:1",  # the first stage dies with its files written and its record not
+        "commit-after-record:1",  # a stage dies when it exists already
+        "run-event:3",  # the run itself dies while a stage works: that stage must end with it
+        "checkpoint-sealed:2",  # pretraining dies with a good resume state
+        "run-after-pretrain:1",  # the run dies between two stages
+        "checkpoint-before-manifest:1",  # instruction tuning dies with a torn resume state
+        "run-before-promote:1",  # the release exists, the alias has not moved
+    )
+    for fault in faults:
+        killed = fmops("run", spec=spec, fault=fault)
+        assert killed.returncode != 0, f"{fault} was never reached:\n{killed.stdout}"
     done = fmops("run", spec=spec)
     assert done.returncode == 0, done.stderr
     for node in STAGES:
@@ -165,7 +166,7 @@ def test_artifacts_can_be_shown_traced_and_compared(finished):
     spec, _ = finished
     assert "new_bits_per_byte_after" in fmops("show", "pretrain", spec=spec).stdout
     assert "corpus_docs" in fmops("trace", "release", spec=spec).stdout
-    assert "learning_rate" in fmops("diff", "pretrain", "instruct", spec=spec).stdout
+    assert "checkpoint" in fmops("diff", "evaluate-base", "evaluate-candidate", spec=spec).stdout
     status = fmops("status", spec=spec).stdout
     assert "champion: release-" in status
     wrong = fmops("show", "nothing", spec=spec)

@@ -146,3 +146,22 @@ def test_file_entries_are_in_name_order(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert list(file_entries(tmp_path)) == ["a", "b", "c/d"]
+
+
+def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
+    import subprocess
+    import sys
+
+    # The parent takes the lock, forks a child that waits on a pipe, and dies; the child lives on.
+    code = (
+        "import os, sys; from pathlib import Path; from fmops.locks import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"
+        "    os._exit(0)\n"
+    )
+    lock = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE) as parent:
+        parent.wait()
+        assert holder(lock) is None
+        assert parent.stdin is not None
+        parent.stdin.close()

@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -151,12 +150,20 @@ def _report_failure(stream: TextIO, text: str, code: int) -> int:
 
 
 def _die_with_parent() -> None:
-    """End with the run that started this process: a stage without a parent would write beside the next one."""
+    """End with the run that started this process: a stage without a parent would write beside the next one.
+
+    The same holds for processes that a library forks here (datatrove starts a few).
+    """
     expected = os.environ.get(PARENT)
     if not expected or not sys.platform.startswith("linux"):
         return
+    library = ctypes.CDLL(None, use_errno=True)
     pr_set_pdeathsig = 1
-    with suppress(OSError):
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def bind() -> None:
+        library.prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    bind()
+    os.register_at_fork(after_in_child=bind)
     if os.getppid() != int(expected):
         os.kill(os.getpid(), signal.SIGKILL)
