@@ -19,7 +19,6 @@ from typing import IO
 
 from fmops.errors import FmopsError
 
-
 _held: set[IO[str]] = set()
 
 

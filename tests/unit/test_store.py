@@ -156,8 +156,9 @@ def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path
     code = (
         "import os, sys; from pathlib import Path; from fmops.locks import locked\n"
         "with locked(Path(sys.argv[1])):\n"
-        "    if os.fork() == 0: sys.stdin.read(); os._exit(0)\n"
-        "    os._exit(0)\n"
+        "    up, down = os.pipe()\n"
+        "    if os.fork() == 0: os.write(down, b'x'); sys.stdin.read(); os._exit(0)\n"
+        "    os.read(up, 1); os._exit(0)\n"
     )
     lock = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE) as parent:
