@@ -30,6 +30,7 @@ from fmops.data.redact import redact
 from fmops.data.spool import INDEX, Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
 from fmops.errors import unknown
+from fmops.faults import fault_site
 
 # datatrove logs every step to the terminal; failures come as exceptions.
 logger.disable("datatrove")
@@ -243,4 +244,5 @@ class _Writer:
                 redactions.update(document.metadata.get("redactions", {}))
                 yield document
         content = {"dropped": self._ledger.counts, "examples": self._ledger.examples, "redactions": redactions}
+        fault_site("curate:group")
         base.with_suffix(".json").write_text(json.dumps(content, sort_keys=True))

@@ -19,8 +19,12 @@ SHORTEST_ITEM = 5
 VERBATIM_WORDS = 10
 """So many words in a row, equal but for case, spacing and punctuation, are a copy (GPT-3 took 13, datatrove 12)."""
 SHINGLE_WORDS = 3
-CONTAINED = 0.6
-"""A text that holds this share of an item's shingles is a near copy."""
+CONTAINED = 0.4
+"""A text that holds this share of an item's shingles is a near copy (measured in docs/data.md)."""
+FEWEST_SHINGLES = 4
+QUOTATION_WORDS = 8
+QUOTED = 0.1
+"""A document that repeats this share of a held-out one, in runs of eight words, would give the measurement away."""
 # A shingle of so many items is idiom or template, no evidence.
 _COMMON_SHINGLE = 20
 # A field that repeats in so many items is a template, no item.
@@ -44,7 +48,6 @@ class Contamination:
                 counted[words] += 1
                 tasks.setdefault(words, task)
         self._tasks: list[str] = []
-        self._needed: list[int] = []
         self._verbatim: dict[str, int] = {}
         items: dict[str, list[int]] = defaultdict(list)
         for words, repeats in counted.items():
@@ -53,17 +56,17 @@ class Contamination:
         self._lengths = sorted({len(copy.split()) for copy in self._verbatim})
         self._starts = {" ".join(copy.split()[:SHINGLE_WORDS]) for copy in self._verbatim}
         self._items = {shingle: found for shingle, found in items.items() if len(found) < _COMMON_SHINGLE}
+        telling = Counter(item for found in self._items.values() for item in found)
+        self._needed = [max(FEWEST_SHINGLES, math.ceil(CONTAINED * telling[item])) for item in range(len(self._tasks))]
 
     def _add(self, words: tuple[str, ...], task: str, items: dict[str, list[int]]) -> None:
         item = len(self._tasks)
         self._tasks.append(task)
         for copy in _shingles(words, min(VERBATIM_WORDS, len(words))):
             self._verbatim.setdefault(copy, item)
-        shingles = set(_shingles(words, SHINGLE_WORDS))
-        self._needed.append(math.ceil(CONTAINED * len(shingles)))
         # Of a short item a part is no evidence: it counts as copied only word for word.
         if len(words) >= VERBATIM_WORDS:
-            for shingle in shingles:
+            for shingle in set(_shingles(words, SHINGLE_WORDS)):
                 items[shingle].append(item)
 
     def find(self, text: str) -> str | None:
@@ -88,6 +91,29 @@ class Contamination:
         return None
 
 
+class Quotations:
+    """Held-out documents by what they say word for word, to find training documents that quote them.
+
+    Near-duplicate removal compares whole documents; a section that one document shares with a longer one passes it.
+    """
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._needed: list[float] = []
+        self._holders: dict[str, list[int]] = defaultdict(list)
+        for number, text in enumerate(documents):
+            shingles = set(_shingles(comparable_words(text), QUOTATION_WORDS))
+            self._needed.append(max(1.0, QUOTED * len(shingles)))
+            for shingle in shingles:
+                self._holders[shingle].append(number)
+
+    def quoted_in(self, text: str) -> bool:
+        """Whether `text` repeats more than a tenth of any of the documents."""
+        hits: Counter[int] = Counter()
+        for shingle in set(_shingles(comparable_words(text), QUOTATION_WORDS)):
+            hits.update(self._holders.get(shingle, ()))
+        return any(count > self._needed[number] for number, count in hits.items())
+
+
 def read_contamination(benchmarks: Path | None) -> Contamination:
     """Index the items of a benchmarks artifact; without one nothing is contaminated."""
     return Contamination(_fields(benchmarks) if benchmarks else ())
@@ -98,9 +124,11 @@ def _fields(benchmarks: Path) -> Iterator[tuple[str, str]]:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 texts = list(_strings(json.loads(line)))
-                long = [text for text in texts if len(text.split()) >= SHORTEST_ITEM]
-                # An item of short fields only (a cloze, a pair of words) is known by all of them together.
-                for text in long or [" ".join(texts)]:
+                long = [text for text in texts if len(text.split()) >= VERBATIM_WORDS]
+                # Without a long field the longest is the item, its answers are phrases that any text may hold; and an
+                # item of short fields only (a pair of words) is known by all of them together.
+                longest = max(texts, key=lambda text: len(text.split()), default="")
+                for text in long or [longest if len(longest.split()) >= SHORTEST_ITEM else " ".join(texts)]:
                     yield path.stem, text
 
 

@@ -6,6 +6,7 @@ Refuses: to train on benchmark items, near-duplicates of held-out documents, or 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from array import array
@@ -17,11 +18,13 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus, Dropped, Source
-from fmops.data.contamination import read_contamination
+from fmops.data.contamination import Quotations, read_contamination
 from fmops.data.pack import Piece, Stream, cut, mix, pack, shares
 from fmops.data.spool import Spool
+from fmops.data.text import opening
 from fmops.errors import FmopsError
 from fmops.faults import fault_site
+from fmops.integrity import sha256
 from fmops.jobs import CurateJob
 from fmops.stage import StageContext
 
@@ -72,7 +75,11 @@ def curate(
     weights = shares(
         {name: config.corpora[name].weight for name in names}, {name: spool.characters(name) for name in names}
     )
-    pieces = {name: _pieces(spool, name, base.model, config=config, seed=context.seed) for name in names}
+    quotations = Quotations(spool.row(document)["text"] for documents in held_out.values() for document in documents)
+    pieces = {
+        name: _pieces(spool, name, base.model, quotations=quotations, config=config, seed=context.seed)
+        for name in names
+    }
     streams = {name: Stream(weights[name], pieces[name], whole=name not in old) for name in names}
     tokens, blocks, by_document = _write_blocks(
         mix(streams, tokens=config.tokens), spool=spool, config=config, out=out / "train", context=context
@@ -128,6 +135,11 @@ def _read_documents(
         redact=curation.redact,
         contamination=read_contamination(benchmarks.path if benchmarks else None),
     )
+    # What an attempt with other inputs left behind must not count as done.
+    inputs = [config.model_dump_json(), *(f"{each.file.name} {each.file.sha256}" for each in files)]
+    if benchmarks:
+        inputs += [f"{path.name} {sha256(path)}" for path in sorted((benchmarks.path / "items").glob("*.jsonl"))]
+    out = out / hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
     groups = _groups(files)
     run_documents(groups, rules, out=out, workers=context.threads, progress=progress)
@@ -158,19 +170,35 @@ def _require_documents(spool: Spool) -> None:
             )
 
 
-def _pieces(spool: Spool, name: str, model: Path, *, config: CurateJob, seed: int) -> Iterator[Piece]:
-    """The corpus without end, each lap in an order of its own, cut to the block length."""
+def _pieces(
+    spool: Spool, name: str, model: Path, *, quotations: Quotations, config: CurateJob, seed: int
+) -> Iterator[Piece]:
+    """The corpus without end, each lap in an order of its own, cut to the block length.
+
+    Documents that quote a held-out one are left out here, where only those that are wanted cost the search.
+    """
     from fmops.adapters.tokens import DocumentTokenizer
 
     tokenizer = DocumentTokenizer(model)
     for lap in count():
         batch: list[tuple[int, str]] = []
+        yielded = False
         for document in spool.shuffled(name, seed=f"{seed}/{lap}"):
-            batch.append((document, spool.row(document)["text"]))
+            row = spool.row(document)
+            if lap == 0 and quotations.quoted_in(row["text"]):
+                spool.drop(document, "quotes-held-out", f"{row['id']}: {opening(row['text'])}")
+                continue
+            yielded = True
+            batch.append((document, row["text"]))
             if sum(len(text) for _, text in batch) >= TOKENISED_AT_ONCE:
                 yield from _encoded(batch, name, lap, tokenizer, longest=config.curate.block_tokens)
                 batch = []
         yield from _encoded(batch, name, lap, tokenizer, longest=config.curate.block_tokens)
+        if not yielded:
+            raise FmopsError(
+                f"every document of the corpus {name!r} repeats parts of a held-out one, so none is left to train on. "
+                "Give documents that share less, or lower curate.held_out."
+            )
 
 
 def _encoded(

@@ -83,12 +83,12 @@ def read_pair(fields: dict[str, Any], clean: Clean) -> tuple[list[Message], str,
     prompt, answers = chosen[:-1], (chosen[-1], rejected[-1])
     if any(answer["role"] != "assistant" for answer in answers):
         raise Unfit("last-is-no-assistant")
-    # UltraFeedback repeats the prompt in both sides; others leave it out there.
-    if not prompt:
-        if not start:
-            raise UnknownForm
+    # UltraFeedback repeats the prompt in both sides, others leave it out there, or leave only the system message out.
+    if not prompt and not start:
+        raise UnknownForm
+    if prompt == start[len(start) - len(prompt) :]:
         prompt = start
-    elif start and prompt != start and prompt[-1] != start[-1]:
+    elif prompt[: len(start)] != start:
         prompt = [*start, *prompt]
     return prompt, answers[0]["content"], answers[1]["content"]
 

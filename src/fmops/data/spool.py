@@ -28,7 +28,7 @@ EXAMPLES = 3
 HELD_OUT_DOCUMENTS = 200
 HELD_OUT_CHARACTERS = 400_000
 """A domain: measured several times during training, so bounded."""
-_TRAINED, _REPEATED, _HELD_OUT = 0, 1, 2
+_TRAINED, _DROPPED, _HELD_OUT = 0, 1, 2
 
 
 @dataclass
@@ -58,7 +58,6 @@ class Spool:
         for group in range(groups):
             self._load(group)
         self._state = bytearray(len(self._offsets))
-        self._files = [(folder / f"{group:05d}.jsonl").open("rb") for group in range(groups)]
 
     def _load(self, group: int) -> None:
         base = self._folder / f"{group:05d}"
@@ -80,9 +79,10 @@ class Spool:
 
     def row(self, document: int) -> dict[str, Any]:
         """`id`, `sha256` and `text`."""
-        file = self._files[self._group[document]]
-        file.seek(self._offsets[document])
-        row: dict[str, Any] = json.loads(file.read(self._bytes[document]))
+        # Opened anew each time: a corpus may have more groups than a process may have open files.
+        with (self._folder / f"{self._group[document]:05d}.jsonl").open("rb") as file:
+            file.seek(self._offsets[document])
+            row: dict[str, Any] = json.loads(file.read(self._bytes[document]))
         return row
 
     def corpus(self, document: int) -> str:
@@ -112,7 +112,7 @@ class Spool:
             for step, firsts in (("exact-duplicate", exact), ("near-duplicate", near)):
                 first = int(firsts[document])
                 if first != document:
-                    self._state[document] = _REPEATED
+                    self._state[document] = _DROPPED
                     self._note_duplicate(step, document, first)
                     break
 
@@ -122,6 +122,11 @@ class Spool:
             self.ledger.add(step, f"{row['id']} repeats {self.row(first)['id']}: {opening(row['text'])}")
         else:
             self.ledger.counts[step] += 1
+
+    def drop(self, document: int, step: str, example: str) -> None:
+        """Take one more document out, and count it."""
+        self._state[document] = _DROPPED
+        self.ledger.add(step, example)
 
     def mark_held_out(self, domains: dict[str, list[str]], *, share: float, seed: int) -> dict[str, list[int]]:
         """Take a seeded share of each domain's documents out of training.
