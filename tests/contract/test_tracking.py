@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,15 @@ def workspace(tmp_path, tables) -> tuple[Store, Path]:
 
 def prepared(root: Path, tables: Path, **how) -> tuple[Store, Path]:
     store, folder = write_example(root, **how)
-    (store.root / "mlflow.db").write_bytes(tables.read_bytes())
+    copy_database(tables, store.root / "mlflow.db")
     return store, folder
+
+
+def copy_database(source: Path, target: Path) -> None:
+    for stale in target.parent.glob("mlflow.db*"):
+        stale.unlink()
+    with closing(sqlite3.connect(source)) as read, closing(sqlite3.connect(target)) as write:
+        read.backup(write)
 
 
 def all_runs(store: Store) -> dict[str, object]:
@@ -224,7 +233,7 @@ def test_a_lost_database_is_rebuilt_from_records(workspace, tables):
     mlflow.rebuild(store)
     before = {name: (run.data.params, run.data.metrics) for name, run in all_runs(store).items()}
     lost = Store(store.root.rename(store.root.parent / "moved"))
-    (lost.root / "mlflow.db").write_bytes(tables.read_bytes())
+    copy_database(tables, lost.root / "mlflow.db")
     subprocess.run([sys.executable, "-c", REBUILD, str(lost.root)], check=True)
     after = {name: (run.data.params, run.data.metrics) for name, run in all_runs(lost).items()}
     assert after == before

@@ -127,6 +127,17 @@ def test_answers_of_any_length_keep_the_page_small(tmp_path):
     assert len(write_report(store, folder).read_bytes()) < 1_000_000
 
 
+def test_empty_lines_of_a_rambling_model_do_not_fill_the_page(tmp_path):
+    store, folder = write_example(tmp_path)
+    for name, response in (("evaluate-base", "\n" * 500), ("evaluate-candidate", "First.\n\n\n \n\nSecond.\n\n")):
+        record = store.by_key(name)
+        path = store.folder(record.stage, record.fingerprint) / "generations.jsonl"
+        path.write_text(json.dumps({"prompt": "Explain.", "response": response}) + "\n")
+    page = write_report(store, folder).read_text(encoding="utf-8")
+    assert "(500 characters of white space)" in page
+    assert "First.\n\nSecond.</p>" in page
+
+
 def test_a_cut_off_event_is_left_out_and_the_rest_is_told(tmp_path):
     store, folder = write_example(tmp_path)
     with (folder / "events.jsonl").open("a") as events:

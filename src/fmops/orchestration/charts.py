@@ -126,7 +126,7 @@ def margin_interval(lower: float, middle: float, upper: float, *, margin: float,
 
 def lifecycle_picture(boxes: Sequence[Box], edges: Iterable[tuple[str, str]]) -> Markup:
     """Stages in three rows with their state, and what each hands to the next; a box leads to its row in the table."""
-    box_width, box_height, across, down = 152, 50, 174, 84
+    box_width, box_height, across, down = 158, 50, 180, 84
     at = {box.name: (box.column * across + 1, box.row * down + 1) for box in boxes}
     reached = {box.name for box in boxes if box.state in ("done", "cached")}
     parts = []

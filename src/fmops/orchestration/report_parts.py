@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,7 @@ def samples(store: Store, before: Record, after: Record) -> list[dict[str, str]]
     ]
     prompts = [prompt for prompt in answers[0] if prompt in answers[1]][:SAMPLES_SHOWN]
     return [
-        {"prompt": _cut(prompt), "before": _cut(answers[0][prompt]), "after": _cut(answers[1][prompt])}
+        {"prompt": _cut(prompt), "before": _answer(answers[0][prompt]), "after": _answer(answers[1][prompt])}
         for prompt in prompts
     ]
 
@@ -234,6 +235,13 @@ def _with_interval(item: dict[str, Any] | None) -> str:
         return "–"
     error = item["standard_error"]
     return f"{item['value']:.3f}" + (f" ± {1.96 * error:.3f}" if error is not None else "")
+
+
+def _answer(text: str) -> str:
+    """An answer as it is shown: a base model may end in hundreds of empty lines."""
+    if not text.strip():
+        return f"({len(text)} characters of white space)" if text else "(empty)"
+    return _cut(re.sub(r"\n\s*\n\s*\n", "\n\n", text.strip()))
 
 
 def _cut(text: str) -> str:
