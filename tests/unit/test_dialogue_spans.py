@@ -55,7 +55,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(tiny_model):
     tokenizer = load_tokenizer(tiny_model)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if m.role == 'assistant' and not loop.last %}(earlier answer){% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+        "{% if m.role == 'assistant' and not loop.last %}(earlier){% else %}{{ m.content }}{% endif %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(FmopsError, match="renders an answer differently by what follows it"):

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, unknown
 from fmops.stage import StageContext
 
 PRECISION_GAIN = 1.5
@@ -105,7 +105,7 @@ def choose_precision(context: StageContext, *, work: Path) -> torch.dtype:
     if context.precision in names:
         return names[context.precision]
     if context.precision != "auto":
-        raise FmopsError(f"unknown precision {context.precision!r}. Known: auto, bfloat16, float32.")
+        raise unknown("precision", context.precision, {"auto", *names})
     if not kept.is_file():
         single, half = _gemm_seconds(torch.float32), _gemm_seconds(torch.bfloat16)
         name = "bfloat16" if single / half >= PRECISION_GAIN else "float32"

@@ -45,6 +45,8 @@ def encode_dialogue(messages: Sequence[Message], *, tokenizer: Any) -> Encoded:
         Unusable: this dialogue has control tokens in its text, or a token that is half prompt, half answer.
         FmopsError: the template is ambiguous for every dialogue.
     """
+    if not messages or messages[0]["role"] == "assistant":
+        raise Unusable("it begins with an answer to nothing")
     specials = special_tokens(tokenizer)
     for message in messages:
         found = next((token for token in specials if token in message["content"]), None)

@@ -1,0 +1,145 @@
+"""Continued pretraining as a user sees it: losses fall, forgetting is bounded, nothing infinite is ever applied."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training_inputs import a_checkpoint, a_corpus
+
+from fmops.adapters.model_files import load_model
+from fmops.errors import FmopsError, StageFailed
+from fmops.lifecycle import Pretrain
+from fmops.pretraining.pretrain import pretrain, within_ceiling
+
+
+@pytest.fixture
+def corpus(tiny_model, tmp_path):
+    return a_corpus(tmp_path / "corpus", tiny_model)
+
+
+@pytest.fixture
+def base(tiny_model, tmp_path):
+    return a_checkpoint(tmp_path / "base", tiny_model)
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_training_lowers_the_held_out_loss_and_says_by_how_much(tuning, base, corpus, tmp_path, context):
+    config = Pretrain(tokens=2000, batch_tokens=256, learning_rate=2e-3, tuning=tuning, evaluations=2)
+    trained = pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert trained.metrics["new_bits_per_byte_after"] < trained.metrics["new_bits_per_byte_before"] - 0.02
+    assert trained.licence == base.licence
+    assert 0 < trained.trained_tokens < 2000
+    rows = curve(tmp_path / "out")
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert rows[-1]["tokens"] == 2000
+    assert sum("new_bits_per_byte" in row for row in rows) == 3
+    assert (tmp_path / "out" / "adapter").exists() == (tuning == "lora")
+    load_model(trained.model)
+
+
+def test_only_model_files_are_left_and_they_name_no_path(base, corpus, tmp_path, context):
+    config = Pretrain(tokens=300, batch_tokens=256, tuning="lora", evaluations=1)
+    pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    left = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and ".work" not in p.parts]
+    assert not [p.name for p in left if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    assert not [p.name for p in left if p.suffix in {".json", ".jsonl"} and str(tmp_path) in p.read_text()]
+
+
+def test_training_stops_at_the_ceiling_and_keeps_the_weights_before_it(base, corpus, tmp_path, context):
+    # A rate so high that both domains get worse at once.
+    config = Pretrain(
+        tokens=1000, batch_tokens=128, learning_rate=0.9, warmup=0.01, decay=0.01, old_domain_ceiling=0.01
+    )
+    trained = pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert trained.metrics["stopped_at_ceiling"] == 1
+    assert trained.metrics["old_bits_per_byte_after"] - trained.metrics["old_bits_per_byte_before"] <= 0.01
+    assert "above the ceiling of 0.01" in context.stream.getvalue()
+    before, after = load_model(base.model).state_dict(), load_model(trained.model).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert trained.trained_tokens == 0
+
+
+def test_the_ceiling_is_a_rise_over_the_start():
+    start = {"old_bits_per_byte": 1.0}
+    assert within_ceiling(start, {"old_bits_per_byte": 1.02}, ceiling=0.021)
+    assert within_ceiling(start, {"old_bits_per_byte": 0.5}, ceiling=0.021)
+    assert not within_ceiling(start, {"old_bits_per_byte": 1.03}, ceiling=0.021)
+    assert not within_ceiling(start, {"old_bits_per_byte": float("nan")}, ceiling=0.021)
+
+
+def test_a_ceiling_without_an_old_domain_is_refused(base, corpus, tmp_path, context):
+    blind = corpus.model_copy(update={"held_out_old": 0})
+    config = Pretrain(tokens=300, old_domain_ceiling=0.1)
+    with pytest.raises(FmopsError, match="holds out no document of an old domain"):
+        pretrain(config, checkpoint=base, corpus=blind, out=tmp_path / "out", context=context)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_never_applied(where, base, corpus, tmp_path, context, monkeypatch):
+    from fmops.adapters import transformers_pretrain
+
+    applied = []
+    original = transformers_pretrain.PretrainTrainer.compute_loss
+    steps = iter(range(1000))
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        applied.append([p.detach().clone() for p in model.parameters()])
+        if next(steps) < 3:
+            return loss
+        # Infinite curvature: the loss is finite, its gradient is not.
+        finite = loss * 0 + torch.sqrt(loss * 0)
+        return loss * float("nan") if where == "loss" else finite
+
+    monkeypatch.setattr(transformers_pretrain.PretrainTrainer, "compute_loss", poisoned)
+    config = Pretrain(tokens=1000, batch_tokens=128, learning_rate=1e-3)
+    said = r"of step 4 is (nan|inf) \(training blocks \d+\)\. The step is not applied"
+    with pytest.raises(StageFailed, match=said):
+        pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert len(applied) == 4
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_auto_precision_is_measured_once_and_then_kept(tmp_path, context, monkeypatch):
+    from fmops.adapters import model_files
+
+    context.precision = "auto"
+    seconds = {torch.float32: 3.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(model_files, "_gemm_seconds", lambda dtype: seconds[dtype])
+    assert model_files.choose_precision(context, work=tmp_path) == torch.bfloat16
+    note = json.loads(context.stream.getvalue())["text"]
+    assert note == "training in bfloat16: bfloat16 multiplies 3.0× as fast as float32 here"
+    # Another machine, or a busy one, must not change the arithmetic of a run under way.
+    seconds[torch.bfloat16] = 30.0
+    assert model_files.choose_precision(context, work=tmp_path) == torch.bfloat16
+    context.precision = "half"
+    with pytest.raises(FmopsError, match="unknown precision 'half'"):
+        model_files.choose_precision(context, work=tmp_path)
+
+
+def test_bfloat16_trains_and_leaves_float32_weights(base, corpus, tmp_path, context):
+    context.precision = "bfloat16"
+    config = Pretrain(tokens=600, batch_tokens=128, learning_rate=1e-3, evaluations=1)
+    trained = pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert {value.dtype for value in load_model(trained.model).state_dict().values()} == {torch.float32}
+    assert json.loads((trained.model / "config.json").read_text())["dtype"] == "float32"
+    assert trained.metrics["last_loss"] < trained.metrics["first_loss"]
+
+
+def test_reports_are_json_lines_and_nothing_else_reaches_standard_output(base, corpus, tmp_path, context, capfd):
+    config = Pretrain(tokens=300, batch_tokens=128, evaluations=1)
+    pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert capfd.readouterr().out == ""
+    events = [json.loads(line) for line in context.stream.getvalue().splitlines()]
+    assert {event["event"] for event in events} >= {"metrics", "progress"}
