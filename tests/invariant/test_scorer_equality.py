@@ -14,7 +14,8 @@ from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError
 
 TOLERANCE = 1e-4
-WORDS = "the class object returns a value when called with no arguments and raises an error otherwise".split()
+SENTENCE = "the class object returns a value when called with no arguments and raises an error otherwise"
+WORDS = tuple(dict.fromkeys(SENTENCE.split()))
 
 
 @pytest.fixture(scope="module")

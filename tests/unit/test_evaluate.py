@@ -141,7 +141,7 @@ def test_the_gate_reads_what_evaluation_writes(measure, tmp_path):
 
 
 def test_a_domain_without_documents_says_what_to_add(measure, inputs):
-    with pytest.raises(FmopsError, match="suite domain is made from held-out documents, and there is no corpus. Add a"):
+    with pytest.raises(FmopsError, match="is made from held-out documents, and there is no corpus"):
         measure(corpus=None)
     (inputs["corpus"].path / "held_out" / "new.jsonl").write_text("")
     with pytest.raises(FmopsError, match="suite domain: the corpus holds no document of role train out"):

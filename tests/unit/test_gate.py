@@ -142,7 +142,7 @@ TAMPERED = {
     "none": (lambda rows: [], "has 0 of 500 registered acc scores of skill-task"),
     "twice": (lambda rows: [*rows, rows[0]], "scored skill-task/skill-0/acc twice"),
     "prompt": (lambda rows: [{**rows[0], "prompt_sha256": "x"}, *rows[1:]], "items or prompts are not those"),
-    "clusters": (lambda rows: [{**row, "cluster": str(n)} for n, row in enumerate(rows, 1)], "items or prompts are not"),
+    "clusters": (lambda rows: [{**row, "cluster": str(n)} for n, row in enumerate(rows, 1)], "prompts are not those"),
     "field": (lambda rows: [{"task": "skill-task"}], "samples.jsonl:1 lacks a field"),
 }  # fmt: skip
 

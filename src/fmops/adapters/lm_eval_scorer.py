@@ -34,7 +34,7 @@ from fmops.faults import fault_site
 
 PACK_TOKENS = 512
 """Tokens a forward pass sees. More would fill the processor no better, and attention grows with the square."""
-GENERATION_BATCH = 32
+GENERATION_BATCH = 64
 LONGEST = 8192
 """For models that state no maximum length."""
 
