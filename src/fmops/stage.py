@@ -78,6 +78,9 @@ class StageContext:
     threads: int = 1
     precision: str = "float32"
     """`auto`, `float32` or `bfloat16`: training arithmetic (runtime, no identity)."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """Figures of this attempt that differ from run to run (tokens/s); they go into the record's cost, never into an
+    artifact."""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     clock: Callable[[], float] = time.monotonic
     _last_progress: float = field(default=-1e9, repr=False)

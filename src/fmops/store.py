@@ -57,7 +57,9 @@ class Record(Frozen):
     files: dict[str, FileEntry]
     artifact: dict[str, Any]
     environment: dict[str, Any] = Field(default={}, description="Versions, commits, machine.")
-    cost: dict[str, float] = Field(default={}, description="wall_s, cpu_s, peak_bytes of the attempt that finished.")
+    cost: dict[str, float] = Field(
+        default={}, description="wall_s, cpu_s, peak_bytes, tokens_per_s… of the last attempt."
+    )
     created: str = Field(description="UTC, ISO 8601.")
 
     @property

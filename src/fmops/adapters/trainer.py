@@ -57,7 +57,6 @@ class Trained:
     curve: list[dict[str, float]]
     stopped: bool
     kept_step: int | None
-    tokens_per_s: float
 
 
 def evenly(count: int, steps: int, *, end: bool) -> frozenset[int]:
@@ -256,6 +255,7 @@ def run(trainer: Any, watch: Watch, *, work: Path) -> None:
         watch.context.note(f"going on from {checkpoint.name.replace('-', ' ')}")
     set_seed(watch.context.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    watch.context.cost["tokens_per_s"] = watch.tokens_per_s(watch.plan.steps)
     if watch.stopped:
         watch.put_back(trainer.model)
 

@@ -116,10 +116,9 @@ def train(
         curve=watch.curve,
         stopped=watch.stopped,
         kept_step=watch.kept_step,
-        tokens_per_s=watch.tokens_per_s(plan.steps),
     )
-    speed = {"pairs_per_s": trained.tokens_per_s * len(plan.order) / plan.tokens}
-    return trained, speed | held_out_preferences(before, after, beta=config.beta)
+    context.cost["pairs_per_s"] = context.cost["tokens_per_s"] * len(plan.order) / plan.tokens
+    return trained, held_out_preferences(before, after, beta=config.beta)
 
 
 def plan_pairs(pairs: Sequence[Pair], *, config: Align, micro: int, seed: int) -> Plan:

@@ -127,7 +127,6 @@ def train(
         curve=watch.curve,
         stopped=watch.stopped,
         kept_step=watch.kept_step,
-        tokens_per_s=watch.tokens_per_s(plan.steps),
     )
 
 

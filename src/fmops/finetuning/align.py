@@ -62,7 +62,6 @@ def align(
         metrics={
             "first_loss": losses[0],
             "last_loss": losses[-1],
-            "tokens_per_s": result.tokens_per_s,
             **measured,
         },
         licence=checkpoint.licence,

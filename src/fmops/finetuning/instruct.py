@@ -37,7 +37,7 @@ def instruct(
     result = train(config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     losses = [row["loss"] for row in result.curve if "loss" in row]
-    metrics = {"first_loss": losses[0], "last_loss": losses[-1], "tokens_per_s": result.tokens_per_s}
+    metrics = {"first_loss": losses[0], "last_loss": losses[-1]}
     if held_out:
         metrics |= {
             "held_out_loss_before": result.curve[0]["held_out_loss"],

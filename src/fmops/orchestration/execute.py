@@ -59,7 +59,13 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         )
         started, cpu = time.monotonic(), _cpu_seconds()
         artifact = step.node.stage.load()(step.node.config, **inputs, out=out, context=context)
-        record = _record(project, step, artifact, wall_s=time.monotonic() - started, cpu_s=_cpu_seconds() - cpu)
+        cost = {
+            "wall_s": round(time.monotonic() - started, 3),
+            "cpu_s": round(_cpu_seconds() - cpu, 3),
+            "peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+            **{name: float(f"{value:.5g}") for name, value in context.cost.items()},
+        }
+        record = _record(project, step, artifact, cost)
         project.store.commit(record)
         # Only now: a stage killed while it commits still finds its resume state.
         discard_work(out)
@@ -112,7 +118,7 @@ def _sources(step: Step, sources: Any) -> dict[str, Source]:
     return {parameter: sources[uris] for parameter, uris in step.node.sources.items()}
 
 
-def _record(project: Project, step: Step, artifact: Artifact, *, wall_s: float, cpu_s: float) -> Record:
+def _record(project: Project, step: Step, artifact: Artifact, cost: dict[str, float]) -> Record:
     assert step.fingerprint is not None
     files = file_entries(artifact.path)
     node = step.node
@@ -129,11 +135,7 @@ def _record(project: Project, step: Step, artifact: Artifact, *, wall_s: float, 
         files=files,
         artifact=artifact.model_dump(mode="json"),
         environment=describe_environment(project.spec_path.parent, threads=project.threads),
-        cost={
-            "wall_s": round(wall_s, 3),
-            "cpu_s": round(cpu_s, 3),
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        },
+        cost=cost,
         created=utc_now(),
     )
 

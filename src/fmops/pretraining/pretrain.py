@@ -57,7 +57,6 @@ def pretrain(
         trained_tokens=result.trained_tokens,
         metrics={
             **summary(result.curve, last=last),
-            "tokens_per_s": result.tokens_per_s,
             **({} if ceiling is None else {"stopped_at_ceiling": float(result.stopped)}),
         },
         licence=checkpoint.licence,
