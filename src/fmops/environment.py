@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -34,6 +35,14 @@ def describe_environment(folder: Path, *, threads: int) -> dict[str, Any]:
         "spec_commit": _commit(folder),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def machine_notes(*, threads: int) -> Path:
+    """Folder for what was measured once on this kind of machine: same processor, thread count and torch."""
+    from fmops.sources import default_cache
+
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{_processor()} {threads} threads torch {_version('torch')}")
+    return default_cache() / "machines" / name
 
 
 def _version(name: str) -> str | None:

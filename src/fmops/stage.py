@@ -81,6 +81,8 @@ class StageContext:
     cost: dict[str, float] = field(default_factory=dict)
     """Figures of this attempt that differ from run to run (tokens/s); they go into the record's cost, never into an
     artifact."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """What this attempt chose by measurement (precision); it goes into the record's environment."""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     clock: Callable[[], float] = time.monotonic
     _last_progress: float = field(default=-1e9, repr=False)

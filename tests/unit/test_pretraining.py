@@ -111,18 +111,21 @@ def test_a_step_that_is_not_finite_is_never_applied(where, base, corpus, tmp_pat
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_auto_precision_is_measured_once_and_then_kept(tmp_path, context, monkeypatch):
+def test_auto_precision_is_measured_once_a_machine_and_then_kept(tmp_path, context, monkeypatch):
     from fmops.adapters import model_files
 
+    monkeypatch.setenv("FMOPS_CACHE", str(tmp_path / "cache"))
     context.precision = "auto"
     seconds = {torch.float32: 3.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(model_files, "_gemm_seconds", lambda dtype: seconds[dtype])
     assert model_files.choose_precision(context, work=tmp_path) == torch.bfloat16
     note = json.loads(context.stream.getvalue())["text"]
     assert note == "training in bfloat16: bfloat16 multiplies 3.0× as fast as float32 here"
-    # Another machine, or a busy one, must not change the arithmetic of a run under way.
+    # A busy moment must not change the arithmetic of a run under way, nor of the next one.
     seconds[torch.bfloat16] = 30.0
     assert model_files.choose_precision(context, work=tmp_path) == torch.bfloat16
+    assert model_files.choose_precision(context, work=tmp_path / "next") == torch.bfloat16
+    assert context.environment == {"precision": "bfloat16"}
     context.precision = "half"
     with pytest.raises(FmopsError, match="unknown precision 'half'"):
         model_files.choose_precision(context, work=tmp_path)

@@ -19,8 +19,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fmops.environment import machine_notes
 from fmops.errors import FmopsError, unknown
 from fmops.stage import StageContext
+from fmops.store import write_atomically
 
 PRECISION_GAIN = 1.5
 """How much faster bfloat16 must multiply before `auto` takes it; below that the rounding buys nothing."""
@@ -99,20 +101,27 @@ def lora_config(*, rank: int) -> Any:
 
 
 def choose_precision(context: StageContext, *, work: Path) -> torch.dtype:
-    """Training arithmetic: as the context asks, or measured once and kept for every later attempt of this run."""
+    """Training arithmetic: as the context asks, or measured once on this machine and kept.
+
+    Kept beside the resume state, so that every attempt of a run agrees; and for the machine, so that a busy moment does
+    not make the next run compute other bits.
+    """
     kept = work / "precision"
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if context.precision in names:
+        context.environment["precision"] = context.precision
         return names[context.precision]
     if context.precision != "auto":
         raise unknown("precision", context.precision, {"auto", *names})
     if not kept.is_file():
-        single, half = _gemm_seconds(torch.float32), _gemm_seconds(torch.bfloat16)
-        name = "bfloat16" if single / half >= PRECISION_GAIN else "float32"
-        context.note(f"training in {name}: bfloat16 multiplies {single / half:.1f}× as fast as float32 here")
-        draft = work / "precision.tmp"
-        draft.write_text(name)
-        draft.replace(kept)
+        machine = machine_notes(threads=context.threads) / "precision"
+        if not machine.is_file():
+            gain = _gemm_seconds(torch.float32) / _gemm_seconds(torch.bfloat16)
+            name = "bfloat16" if gain >= PRECISION_GAIN else "float32"
+            context.note(f"training in {name}: bfloat16 multiplies {gain:.1f}× as fast as float32 here")
+            write_atomically(machine, name)
+        write_atomically(kept, machine.read_text())
+    context.environment["precision"] = kept.read_text()
     return names[kept.read_text()]
 
 

@@ -65,7 +65,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             "peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
             **{name: float(f"{value:.5g}") for name, value in context.cost.items()},
         }
-        record = _record(project, step, artifact, cost)
+        record = _record(project, step, artifact, cost, context.environment)
         project.store.commit(record)
         # Only now: a stage killed while it commits still finds its resume state.
         discard_work(out)
@@ -118,7 +118,7 @@ def _sources(step: Step, sources: Any) -> dict[str, Source]:
     return {parameter: sources[uris] for parameter, uris in step.node.sources.items()}
 
 
-def _record(project: Project, step: Step, artifact: Artifact, cost: dict[str, float]) -> Record:
+def _record(project: Project, step: Step, artifact: Artifact, cost: dict[str, float], chosen: dict[str, str]) -> Record:
     assert step.fingerprint is not None
     files = file_entries(artifact.path)
     node = step.node
@@ -134,7 +134,7 @@ def _record(project: Project, step: Step, artifact: Artifact, cost: dict[str, fl
         inputs=step.inputs or {},
         files=files,
         artifact=artifact.model_dump(mode="json"),
-        environment=describe_environment(project.spec_path.parent, threads=project.threads),
+        environment={**describe_environment(project.spec_path.parent, threads=project.threads), **chosen},
         cost=cost,
         created=utc_now(),
     )
