@@ -217,6 +217,15 @@ def _impossible(spec: Lifecycle) -> list[str]:
         problems.append("gate needs evaluate: without scores nothing can be promoted. Add evaluate, or drop gate")
     if "domain" in suites and not train:
         problems.append("the suite domain is made from held-out documents. Add a corpus with role train, or drop it")
+    if "forgetting" in suites and not replay:
+        problems.append("the suite forgetting is made from held-out old documents. Add a corpus with role replay")
+    unmeasured = [name for name in (spec.gate.primary if spec.gate else ()) if name not in suites]
+    # A suite file of the user's own may measure any family; it is read later.
+    if unmeasured and spec.evaluate and all(name in FAMILIES for name in suites):
+        problems.append(
+            f"gate.primary asks for {', '.join(unmeasured)}, which no suite measures. "
+            f"Add the suite, or name one of {', '.join(sorted(suites))}; [] asks for no regression only"
+        )
     if sum(corpus.weight or 0 for corpus in corpora.values()) > 1:
         problems.append("the weights under data.corpora sum to more than 1. Each is a share of the training tokens")
     if corpora and all(corpus.weight for corpus in corpora.values()):

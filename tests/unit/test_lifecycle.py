@@ -85,6 +85,8 @@ def test_a_missing_key_is_named(tmp_path):
         (GOOD + "align: {}\n", "align needs data.preferences"),
         (GOOD + "gate: {}\n", "gate needs evaluate"),
         ("name: a\nbase: b\nevaluate: {suites: [domain]}\n", "the suite domain is made from held-out documents"),
+        (GOOD + "evaluate: {suites: [forgetting]}\n", "the suite forgetting is made from held-out old documents"),
+        (GOOD + "evaluate: {suites: [bias]}\ngate: {}\n", "gate.primary asks for domain, which no suite measures"),
         (GOOD.replace("{source: ./docs/*.txt}", "{source: a, weight: 0.2}"), "sum to 0.2"),
         (GOOD + "evaluate: {suites: [bias, bias]}\n", "suites named twice: bias"),
     ],
