@@ -53,7 +53,7 @@ def test_a_killed_curation_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, 
     expected = digests(tmp_path / "whole")
     assert "train/00000.parquet" in expected
     out = tmp_path / "killed"
-    for fault in ("curate:group:2", "curate:split"):
+    for fault in ("curate-group:2", "curate-split"):
         assert run(tmp_path, tiny_model, out, fault=fault) == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.signatures")}
     assert done

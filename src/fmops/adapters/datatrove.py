@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Self
 
 import py3langid.langid as langid
 from datatrove.data import Document
-from datatrove.executor import LocalPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.word_tokenizers import WordTokenizer
@@ -63,19 +68,83 @@ class Rules:
 Progress = Callable[[int], None]
 
 
-def run_documents(
-    groups: list[list[InputFile]], rules: Rules, *, out: Path, workers: int, progress: Progress | None
-) -> None:
+def run_documents(groups: list[list[InputFile]], rules: Rules, *, out: Path, workers: int, progress: Progress) -> None:
     """Run every group through the pipeline.
 
     Args:
         groups: files by group; the split decides names under `out`, so it must not depend on the machine.
         out: gets `<group>.jsonl`, `.index`, `.signatures` and `.json`; `fmops.data.spool` reads them.
         workers: processes; 1 stays in this one.
-        progress: told the bytes of each file that is done; only heard with one worker.
+        progress: told the bytes that are done, after each file (one worker) or group (several).
     """
+    executor = _Groups(groups, rules, out=out, progress=progress)
+    waiting = executor.get_incomplete_ranks()
+    if min(workers, len(waiting)) < 2:
+        for rank in waiting:
+            executor.run_group(rank)
+        return
+    there = _Groups(groups, rules, out=out, progress=None)
+    with ProcessPoolExecutor(
+        min(workers, len(waiting)), mp_context=get_context("spawn"), initializer=_start_worker, initargs=(there,)
+    ) as pool:
+        running = {pool.submit(_run_group, rank): rank for rank in waiting}
+        for done in as_completed(running):
+            done.result()
+            progress(sum(each.file.bytes for each in groups[running[done]]))
+
+
+class _Groups(PipelineExecutor):  # type: ignore[misc]
+    """datatrove's executor, a group a task; it keeps track of which are complete.
+
+    Its local executor would do, but for the manager process that it starts: when this process is killed, that one
+    lives on, holds our output pipe open, and whoever reads the pipe waits for ever.
+    """
+
+    def __init__(self, groups: list[list[InputFile]], rules: Rules, *, out: Path, progress: Progress | None) -> None:
+        super().__init__([], logging_dir=str(out / "log"))
+        self._groups, self._rules, self._out, self._progress = groups, rules, out, progress
+
+    @property
+    def world_size(self) -> int:
+        return len(self._groups)
+
+    def get_distributed_env(self, node_rank: int = -1) -> dict[str, str]:
+        names = ("node_ips", "cpus_per_task", "mem_per_cpu", "gpus_on_node")
+        return {"datatrove_executor": "LOCAL", **{f"datatrove_{name}": "-1" for name in names}}
+
+    def run(self) -> None:
+        for rank in self.get_incomplete_ranks():
+            self.run_group(rank)
+
+    def run_group(self, rank: int) -> None:
+        """Read, check and write one group, and mark it as complete."""
+        self.pipeline = _steps(self._groups, self._rules, out=self._out, progress=self._progress)
+        self._run_for_rank(rank)
+
+
+_worker: list[_Groups] = []
+
+
+def _start_worker(executor: _Groups) -> None:
+    """Take the work over, and end with the parent: a killed stage must leave nobody behind."""
+    _worker[:] = [executor]
+    parent = parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
+def _run_group(rank: int) -> None:
+    _worker[0].run_group(rank)
+
+
+def _steps(groups: list[list[InputFile]], rules: Rules, *, out: Path, progress: Progress | None) -> list[Any]:
     ledger = Ledger()
-    steps: list[Any] = [_Reader(groups, ledger, progress if workers == 1 else None), _Clean(redacting=rules.redact)]
+    steps: list[Any] = [_Reader(groups, ledger, progress), _Clean(redacting=rules.redact)]
     steps.append(_LongEnough(rules.min_characters, exclusion_writer=_Exclusions("too-short", ledger)))
     if rules.language:
         steps.append(_InLanguage(rules.language, exclusion_writer=_Exclusions("language", ledger)))
@@ -83,8 +152,7 @@ def run_documents(
         steps += _quality(_Exclusions("quality", ledger))
     steps.append(_Uncontaminated(rules.contamination, exclusion_writer=_Exclusions("contaminated", ledger)))
     steps.append(_Writer(out, ledger))
-    workers = max(1, min(workers, len(groups)))
-    LocalPipelineExecutor(steps, tasks=len(groups), workers=workers, logging_dir=str(out / "log")).run()
+    return steps
 
 
 def _quality(exclusions: _Exclusions) -> list[BaseFilter]:
@@ -187,6 +255,11 @@ class _LongEnough(BaseFilter):  # type: ignore[misc]
         return len(document.text) >= self._characters
 
 
+@cache
+def _identifier() -> langid.LanguageIdentifier:
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+
+
 class _InLanguage(BaseFilter):  # type: ignore[misc]
     """Drops what is surely in another language, by its start and its middle."""
 
@@ -195,7 +268,7 @@ class _InLanguage(BaseFilter):  # type: ignore[misc]
     def __init__(self, language: str, *, exclusion_writer: _Exclusions) -> None:
         super().__init__(exclusion_writer)
         self._language = language
-        self._identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
+        self._identifier = _identifier()
         if language not in self._identifier.labels:
             raise unknown("language", language, self._identifier.labels)
 
@@ -244,5 +317,5 @@ class _Writer:
                 redactions.update(document.metadata.get("redactions", {}))
                 yield document
         content = {"dropped": self._ledger.counts, "examples": self._ledger.examples, "redactions": redactions}
-        fault_site("curate:group")
+        fault_site("curate-group")
         base.with_suffix(".json").write_text(json.dumps(content, sort_keys=True))

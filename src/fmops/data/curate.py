@@ -65,13 +65,13 @@ def curate(
         shutil.rmtree(out / made, ignore_errors=True)
         (out / made).mkdir(parents=True)
     spool = _read_documents(config, benchmarks, sources, out=out / ".work" / "documents", context=context)
-    fault_site("curate:documents")
+    fault_site("curate-documents")
     spool.mark_duplicates(threshold=config.curate.near_duplicate)
     held_out = spool.mark_held_out(domains, share=config.curate.held_out, seed=context.seed)
     _require_documents(spool)
     for domain, documents in held_out.items():
         _write_held_out(spool, documents, out / "held_out" / f"{domain}.jsonl")
-    fault_site("curate:split")
+    fault_site("curate-split")
     weights = shares(
         {name: config.corpora[name].weight for name in names}, {name: spool.characters(name) for name in names}
     )
@@ -84,7 +84,7 @@ def curate(
     tokens, blocks, by_document = _write_blocks(
         mix(streams, tokens=config.tokens), spool=spool, config=config, out=out / "train", context=context
     )
-    fault_site("curate:blocks")
+    fault_site("curate-blocks")
     total = sum(tokens.values())
     return Corpus(
         path=out,
