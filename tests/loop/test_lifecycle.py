@@ -116,10 +116,8 @@ def test_a_regression_beyond_the_margin_is_not_released(copied):
     assert "nothing is released" in again.stderr
 
 
-def test_killed_again_and_again_it_goes_on_and_ends_bit_for_bit_the_same(finished, tiny_model, tmp_path):
-    folder = tmp_path / "project"
-    folder.mkdir()
-    spec = write_project(folder, tiny_model)
+def test_killed_again_and_again_it_goes_on_and_ends_bit_for_bit_the_same(finished, tmp_path):
+    spec = write_project(tmp_path / "project")
     faults = (
         "commit-before-record:1",  # the first stage dies with its files written and its record not
         "commit-after-record:1",  # a stage dies when it exists already

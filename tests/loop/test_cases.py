@@ -1,0 +1,46 @@
+"""The reference cases do what their READMEs say: each block runs, and the figures are those that are promised."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("pretraining", "finetuning", "evaluation", "deployment")
+CASES = sorted(path.parent.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage).glob("*/README.md"))
+SECTIONS = ("## What you will see", "## Run", "## Validate", "## Clean up")
+
+
+def test_every_stage_has_a_case():
+    assert {case.parts[0] for case in CASES} == set(STAGES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_case_tells_all_four_things(case):
+    text = (ROOT / case / "README.md").read_text(encoding="utf-8")
+    places = [text.find(section) for section in SECTIONS]
+    assert places == sorted(places)
+    assert -1 not in places
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_case_runs_as_its_readme_says(case, tmp_path):
+    kept = shutil.ignore_patterns(".fmops", "data", "__pycache__")
+    for folder in ("quickstart", case):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=kept)
+    text = (ROOT / case / "README.md").read_text(encoding="utf-8")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for code in blocks:
+        command = ["bash", "-euo", "pipefail", "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    assert not (tmp_path / case / ".fmops").exists()
