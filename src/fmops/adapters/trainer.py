@@ -255,7 +255,7 @@ def run(trainer: Any, watch: Watch, *, work: Path) -> None:
         watch.context.note(f"going on from {checkpoint.name.replace('-', ' ')}")
     set_seed(watch.context.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    watch.context.cost["tokens_per_s"] = watch.tokens_per_s(watch.plan.steps)
+    watch.context.cost["tokens_per_s"] = watch.tokens_per_s(trainer.state.global_step)
     if watch.stopped:
         watch.put_back(trainer.model)
 
