@@ -66,7 +66,7 @@ def test_an_edited_source_is_a_cause(store):
 def test_other_content_from_the_same_recipe_is_called_not_reproducible(store):
     record = store.by_key("pretrain")
     weights = {**record.files, "model/config.json": FileEntry(sha256="1" * 64, bytes=3)}
-    environment = {**record.environment, "threads": 4}
+    environment = {**record.environment, "threads": 4, "command": "fmops stage pretrain --fingerprint x"}
     other = record.model_copy(update={"files": weights, "environment": environment, "digest": "2" * 64})
     found = diff(store, record, other)
     assert {(item.group, item.field) for item in found} == {

@@ -93,7 +93,7 @@ def test_numbers_stand_with_their_intervals(tmp_path):
     assert "0.912 → 0.808 bits per byte (−0.104)" in page.text
     assert "0.262 ± 0.050" in page.text
     assert "+0.081 to +0.121" in page.text
-    assert "312 of 323 documents kept" in page.text
+    assert "358 documents read: 312 kept for training, 8 held out of the new domain and 27 of the old, 11" in page.text
     assert "email 4, ip-address 1" in page.text
 
 

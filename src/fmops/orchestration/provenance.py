@@ -129,6 +129,8 @@ def _differences(a: Record, b: Record, *, find: Find, at: str, depth: int) -> It
     if depth and a.digest == b.digest:
         return
     for field, before, after in _changes(a.environment, b.environment):
+        if field == "command":
+            continue  # It names the artifact that was asked for, so it differs always and explains nothing.
         yield changed("environment", f"environment.{field}", before, after)
     if depth:
         return

@@ -162,7 +162,9 @@ def samples(store: Store, before: Record, after: Record) -> list[dict[str, str]]
 def corpus_card(corpus: dict[str, Any]) -> dict[str, Any]:
     """What the corpus kept and dropped, with the share of each step."""
     dropped = sum(item["documents"] for item in corpus["dropped"])
-    read = corpus["documents"] + dropped
+    kept = round(sum(source["documents"] for source in corpus["sources"].values())) or corpus["documents"]
+    held_out = corpus["held_out_new"] + corpus["held_out_old"]
+    read = kept + held_out + dropped
     steps = [
         {
             **item,
@@ -171,7 +173,7 @@ def corpus_card(corpus: dict[str, Any]) -> dict[str, Any]:
         }
         for item in corpus["dropped"]
     ]
-    return {**corpus, "read": read, "dropped_documents": dropped, "steps": steps}
+    return {**corpus, "read": read, "kept": kept, "dropped_documents": dropped, "steps": steps}
 
 
 def costs(history: History) -> dict[str, Any]:
