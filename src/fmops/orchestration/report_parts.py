@@ -36,17 +36,17 @@ class Headline:
 
 
 def headline(history: History) -> Headline:
-    """What the run came to. A failure says so first; then the gate speaks; then the release."""
+    """What the run came to. A gate that did not promote says so first; then a failure; then the release."""
     if not history.nodes:
         return Headline("Nothing has run", "plain", "This run ended before its first stage; run `fmops run` again.")
-    failed = next((node for node in history.nodes.values() if node.state == "failed"), None)
-    if failed:
-        return Headline(f"Failed at {failed.name}", "bad", failed.error or "Its log says why.")
     gate, release = history.record("gate"), history.record("release")
     if gate and gate.artifact["verdict"] != "promote":
         word = "Rejected" if gate.artifact["verdict"] == "reject" else "More data needed"
         tone = "bad" if gate.artifact["verdict"] == "reject" else "open"
         return Headline(word, tone, "Nothing is released: " + "; ".join(gate.artifact["reasons"]) + ".")
+    failed = next((node for node in history.nodes.values() if node.state == "failed"), None)
+    if failed:
+        return Headline(f"Failed at {failed.name}", "bad", failed.error or "Its log says why.")
     cut_off = next((node.name for node in history.nodes.values() if node.state == "running"), None)
     if cut_off or history.finished is None:
         sentence = f"{history.error + '. ' if history.error else ''}`fmops run` goes on from where it was."
