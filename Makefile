@@ -33,7 +33,7 @@ quickstart-tiny: setup
 	fmops run --spec quickstart/tiny.yaml
 
 test: setup
-	pytest -n 2 --dist worksteal
+	pytest -n 2 --dist loadgroup
 
 lint: setup
 	ruff check . && ruff format --check . && mypy

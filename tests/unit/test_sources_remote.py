@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -143,13 +142,18 @@ def test_any_fsspec_store_gives_files_folders_and_globs(tmp_path: Path) -> None:
         found("simplecache::memory://shelf/a.txt")
 
 
-def _get(address: str, folder: str) -> str:
-    return resolve(address, root=Path(folder), cache=Path(folder) / "cache").files[0].sha256
+GET = """
+import sys
+from pathlib import Path
+from fmops.sources import resolve
+print(resolve(sys.argv[1], root=Path(), cache=Path(sys.argv[2])).files[0].sha256)
+"""
 
 
 def test_two_processes_that_want_one_file_fetch_it_once(server: Any, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        digests = pool.starmap(_get, [(url(server), str(tmp_path))] * 2)
+    command = [sys.executable, "-c", GET, url(server), str(tmp_path / "cache")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    digests = [process.communicate(timeout=120)[0].strip() for process in both]
     assert digests == [hashlib.sha256(BODY).hexdigest()] * 2
     assert sum(last - first + 1 for first, last in server.served if last > first) < 1.5 * len(BODY)
 

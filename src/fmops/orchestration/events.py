@@ -44,6 +44,10 @@ class EventLog:
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
 
+    def close(self) -> None:
+        """No more events."""
+        self._stream.close()
+
 
 def read_events(folder: Path) -> list[Event]:
     """The events of a run; a last line cut off by a kill is left out."""

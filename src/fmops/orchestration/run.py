@@ -90,7 +90,7 @@ class _Run:
         write_atomically(self.folder / "run.json", json.dumps(started, indent=1) + "\n")
         self.log.add("run", "run-started", todo=todo)
         for name, step in self.steps.items():
-            self.log.add(name, "planned", state=step.state, reason=step.reason)
+            self.log.add(name, "planned", state=step.state, reason=step.reason, fingerprint=step.fingerprint)
         error: BaseException | None = None
         try:
             self._materialise(todo)
@@ -100,7 +100,9 @@ class _Run:
             error = caught
             raise
         finally:
-            self.log.add("run", "run-finished", error=str(error) if error else None, champion=champion)
+            ending = (str(error) or type(error).__name__) if error else None
+            self.log.add("run", "run-finished", error=ending, champion=champion)
+            self.log.close()
             report = self._record_run()
         return Outcome(steps=self.steps, folder=self.folder, champion=champion, report=report)
 
