@@ -175,3 +175,12 @@ def test_artifacts_can_be_shown_traced_and_compared(finished):
 def test_the_interpreter_is_the_only_thing_a_stage_needs():
     done = subprocess.run([sys.executable, "-m", "fmops", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("fmops, version ")
+
+
+def test_a_plan_says_what_the_gate_can_see_before_anything_is_spent(tmp_path):
+    spec = write_project(tmp_path / "project")
+    plan = fmops("plan", spec=spec)
+    assert plan.returncode == 0, plan.stderr
+    assert "gate: quiz, 10 items, can show a margin of" in plan.stdout
+    assert "after base, corpus" in plan.stdout
+    assert not (spec.parent / ".fmops" / "artifacts").exists()

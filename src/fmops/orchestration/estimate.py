@@ -10,12 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fmops.artifacts import Source
 from fmops.lifecycle import Pretrain
 from fmops.orchestration.plan import Step
 from fmops.store import Record
 
 ASSUMED_FLOPS_PER_THREAD = 40e9
 """Sustained fp32 training on one current server core, measured with SmolLM2-135M (docs/log.md)."""
+
+
+BYTES_PER_PARAMETER = {"q4": 0.63, "q5": 0.75, "q6": 0.88, "q8": 1.07, "bf16": 2.0, "f16": 2.0, "f32": 4.0}
+"""Of weights by the quantisation that a GGUF file's name states; safetensors are taken for 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,17 @@ class Estimate:
     wall_s: float | None
     basis: str
     """`measured` (the same node ran here), `computed` (from model size and tokens), or `unknown`."""
+
+
+def parameters_of(base: Source) -> int | None:
+    """About how many parameters a model has that is not imported yet, from the size of its files."""
+    total = 0.0
+    for file in base.files:
+        name = file.name.lower()
+        if name.endswith((".gguf", ".safetensors")):
+            stated = next((size for mark, size in BYTES_PER_PARAMETER.items() if mark in name), 2.0)
+            total += file.bytes / stated
+    return round(total) or None
 
 
 def estimate(step: Step, newest: Mapping[str, Record], *, threads: int, parameters: int | None) -> Estimate:

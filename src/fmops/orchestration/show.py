@@ -7,13 +7,14 @@ Refuses: to name a champion where there is none.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fmops.artifacts import Release
 from fmops.errors import FmopsError
 from fmops.locks import holder
-from fmops.orchestration.estimate import estimate
+from fmops.orchestration.estimate import estimate, parameters_of
 from fmops.orchestration.events import read_events
 from fmops.orchestration.project import Project
 from fmops.store import Record
@@ -21,13 +22,20 @@ from fmops.store import Record
 if TYPE_CHECKING:
     from fmops.orchestration.run import Outcome
 
+DISAGREEMENT = 0.1
+"""Share of items on which base and candidate are expected to differ; a light finetune moves about so many."""
+
 
 def render_plan(project: Project) -> str:
     """A line a stage: what would happen, why, tokens and expected time; then the sums."""
     planner = project.planner()
     steps = planner.plan()
     base = steps["base"].record
-    parameters = base.artifact["parameters"] if base else None
+    parameters = (
+        base.artifact["parameters"]
+        if base
+        else parameters_of(planner.sources[project.graph.nodes["base"].sources["source"]])
+    )
     rows, total, unknown = [], 0.0, []
     for name, step in steps.items():
         expected = estimate(step, planner.newest, threads=project.threads, parameters=parameters)
@@ -43,18 +51,42 @@ def render_plan(project: Project) -> str:
     lines.append(f"expected: {total / 60:,.1f} min on {project.threads} threads{cost}")
     if unknown:
         lines.append(f"not in that sum, never run here: {', '.join(unknown)}")
-    lines += minimum_detectable(project)
+    lines += minimum_detectable(project, steps["benchmarks"].record if "benchmarks" in steps else None)
     return "\n".join(lines)
 
 
-def minimum_detectable(project: Project) -> list[str]:
-    """What the gate could see with the items it has, before anything is spent."""
-    return []
+def minimum_detectable(project: Project, pinned: Record | None) -> list[str]:
+    """What the gate can see with the items it has, before anything is spent: a line a family of right-or-wrong items.
+
+    `pinned` is the benchmarks artifact; before it is made the spec's limit stands for the number of items.
+    """
+    from fmops.evaluation.statistics import minimum_detectable as detectable
+    from fmops.evaluation.suites import load_suite
+
+    spec = project.spec
+    if not (spec.gate and spec.evaluate):
+        return []
+    suites = [load_suite(name, root=project.graph.root) for name in spec.evaluate.suites]
+    families = len({suite.family for suite in suites})
+    lines = []
+    for suite in suites:
+        tasks = [name for name, task in suite.tasks.items() if task.source]
+        counts = [pinned.artifact["items"][name] if pinned else spec.evaluate.limit for name in tasks]
+        n = sum(count or 0 for count in counts)
+        if not n or None in counts:
+            continue
+        margin = spec.gate.margins.get(suite.family, suite.margin)
+        seen = detectable(n, disagreement=DISAGREEMENT, alpha=spec.gate.alpha, families=families)
+        enough = "" if seen <= margin else "; an equal model may be told: need more data"
+        lines.append(
+            f"gate: {suite.family} with {n} items can show a margin of {seen:.3f}, asked is {margin:g}{enough}"
+        )
+    return [*lines, f"  (80 % power, {DISAGREEMENT:.0%} of the items answered otherwise than before)"] if lines else []
 
 
 def render_outcome(project: Project, outcome: Outcome) -> str:
     """How a run ended, and what to do next."""
-    spec = project.spec_path.name
+    spec = os.path.relpath(project.spec_path)
     made = [step.record for step in outcome.steps.values() if step.record]
     if not outcome.executed:
         lines = [f"nothing to do: {len(made)} artifacts are up to date"]
