@@ -30,12 +30,9 @@ def render_plan(project: Project) -> str:
     """A line a stage: what would happen, why, tokens and expected time; then the sums."""
     planner = project.planner()
     steps = planner.plan()
-    base = steps["base"].record
-    parameters = (
-        base.artifact["parameters"]
-        if base
-        else parameters_of(planner.sources[project.graph.nodes["base"].sources["source"]])
-    )
+    base = steps["base"]
+    source = planner.sources[base.node.sources["source"]]
+    parameters = base.record.artifact["parameters"] if base.record else parameters_of(source)
     rows, total, unknown = [], 0.0, []
     for name, step in steps.items():
         expected = estimate(step, planner.newest, threads=project.threads, parameters=parameters)
