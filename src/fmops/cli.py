@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fmops import __version__
-from fmops.errors import EXIT_USAGE, FmopsError, nearest
+from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, FmopsError, disk_is_full, nearest
 
 if TYPE_CHECKING:
     from fmops.orchestration.project import Project
@@ -220,3 +220,11 @@ def main() -> None:
     except FmopsError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        if isinstance(error.__context__, FmopsError):
+            # The run failed first, and its report could not be written either.
+            click.echo(f"error: {error.__context__}", err=True)
+        click.echo(f"error: {DISK_FULL.format(where=getattr(error, 'filename', None) or 'the workspace')}", err=True)
+        sys.exit(EXIT_FAILED)

@@ -6,6 +6,7 @@ Refuses: nothing.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -56,3 +57,20 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> FmopsError:
     """An error for a name that is not one of `choices`, with the nearest one."""
     known = sorted(choices)
     return FmopsError(f"unknown {what} {value!r}.{nearest(value, known)} Known: {', '.join(known) or 'none'}.")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one behind it, came from a full disk. SQLite and safetensors say it in words only."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno == errno.ENOSPC:
+            return True
+        if "disk is full" in str(seen) or "No space left" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+DISK_FULL = (
+    "disk full while writing {where}. Free some space and run again: finished stages and good checkpoints are kept."
+)

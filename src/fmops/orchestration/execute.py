@@ -7,11 +7,9 @@ Refuses: damaged inputs, a second writer in the same folder, a fingerprint other
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -20,7 +18,7 @@ from typing import Any, TextIO
 
 from fmops.artifacts import Artifact, Source
 from fmops.environment import describe_environment
-from fmops.errors import EXIT_FAILED, FmopsError
+from fmops.errors import DISK_FULL, EXIT_FAILED, FmopsError, disk_is_full
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
@@ -88,17 +86,11 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
         return _report_failure(
             stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_FAILED
         )
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not disk_is_full(error):
             raise
-        where = error.filename or (workspace or spec.parent)
-        free = shutil.disk_usage(spec.resolve().parent).free
-        return _report_failure(
-            stream,
-            f"disk full while writing {where} ({free / 1e6:.0f} MB free). Free some space and run again: "
-            "finished stages and good checkpoints are kept.",
-            EXIT_FAILED,
-        )
+        text = DISK_FULL.format(where=getattr(error, "filename", None) or workspace or spec.parent)
+        return _report_failure(stream, text, EXIT_FAILED)
     stream.write(json.dumps({"event": "finished", "fingerprint": record.fingerprint, "cost": record.cost}) + "\n")
     stream.flush()
     return 0

@@ -105,9 +105,7 @@ class Sampling(_Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
-    stop: (
-        Annotated[list[SomeText], Field(max_length=4), BeforeValidator(_as_list)] | None
-    ) = None
+    stop: Annotated[list[SomeText], Field(max_length=4), BeforeValidator(_as_list)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
