@@ -181,6 +181,6 @@ def test_a_plan_says_what_the_gate_can_see_before_anything_is_spent(tmp_path):
     spec = write_project(tmp_path / "project")
     plan = fmops("plan", spec=spec)
     assert plan.returncode == 0, plan.stderr
-    assert "gate: quiz, 10 items, can show a margin of" in plan.stdout
+    assert "gate: quiz with 10 items can show a margin of" in plan.stdout
     assert "after base, corpus" in plan.stdout
     assert not (spec.parent / ".fmops" / "artifacts").exists()
