@@ -20,6 +20,7 @@ from pydantic import Field
 from fmops.artifacts import KINDS, Artifact, Frozen, Source
 from fmops.errors import FmopsError, IntegrityError
 from fmops.faults import fault_site
+from fmops.integrity import sha256
 from fmops.locks import locked
 
 RECORD = "record.json"
@@ -93,12 +94,6 @@ def source_digest(source: Source) -> str:
     return _hash_json([[file.name, file.sha256] for file in source.files])
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 class Store:
     """A workspace: `artifacts/`, `runs/`, `quarantine/`, `aliases.json`."""
 
@@ -147,13 +142,13 @@ class Store:
         """Make an artifact exist: its files are on disk before its record is, and the record appears whole or not."""
         folder = self.folder(record.stage, record.fingerprint)
         for name in record.files:
-            _sync(folder / name)
+            sync(folder / name)
         for sub in {(folder / name).parent for name in record.files} | {folder}:
-            _sync(sub)
+            sync(sub)
         fault_site("commit-before-record")
         write_atomically(folder / RECORD, record.model_dump_json(indent=1) + "\n")
         fault_site("commit-after-record")
-        _sync(self.artifacts)
+        sync(self.artifacts)
 
     def intact(self, record: Record) -> str | None:
         """None if every file is what the record says, else the first fault.
@@ -173,7 +168,7 @@ class Store:
                 return f"{name} has {status.st_size} bytes, its record says {entry.bytes}"
             if max(status.st_ctime_ns, status.st_mtime_ns) >= verified_ns:
                 reread = True
-                if hash_file(path) != entry.sha256:
+                if sha256(path) != entry.sha256:
                     return f"{name} differs from its digest {entry.sha256[:12]}…"
         if reread:
             os.utime(folder / RECORD)
@@ -188,7 +183,7 @@ class Store:
         folder = self.folder(record.stage, record.fingerprint)
         for name, entry in record.files.items():
             path = folder / name
-            if not path.is_file() or hash_file(path) != entry.sha256:
+            if not path.is_file() or sha256(path) != entry.sha256:
                 raise IntegrityError(
                     f"{record.key}/{name} is not what its record says (sha256 {entry.sha256[:12]}…). "
                     "`fmops run` sets the artifact aside and makes it again."
@@ -251,7 +246,7 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
     for path in _files(folder):
         if path.is_symlink():
             raise IntegrityError(f"{path} is a symbolic link; an artifact holds plain files only.")
-        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=hash_file(path), bytes=path.stat().st_size)
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
     return entries
 
 
@@ -274,7 +269,7 @@ def write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def utc_now(clock: Callable[[], float] = time.time) -> str:
@@ -293,7 +288,8 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,14 +6,14 @@ Refuses: a checkpoint without a manifest (torn while it was written) or with a f
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from fmops.faults import fault_site
+from fmops.integrity import sha256
+from fmops.store import sync
 
 MANIFEST = "manifest.json"
 KEPT = 2
@@ -27,16 +27,16 @@ def seal(checkpoint: Path) -> None:
     """
     files = {}
     for path in _files(checkpoint):
-        _sync(path)
-        files[path.relative_to(checkpoint).as_posix()] = {"sha256": _digest(path), "bytes": path.stat().st_size}
+        sync(path)
+        files[path.relative_to(checkpoint).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
     fault_site("checkpoint-before-manifest")
     draft = checkpoint / (MANIFEST + ".tmp")
     draft.write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
-    _sync(draft)
+    sync(draft)
     fault_site("checkpoint-before-rename")
     draft.replace(checkpoint / MANIFEST)
-    _sync(checkpoint)
-    _sync(checkpoint.parent)
+    sync(checkpoint)
+    sync(checkpoint.parent)
     fault_site("checkpoint-sealed")
 
 
@@ -81,7 +81,7 @@ def _fault(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _digest(path) != entry["sha256"]:
+        if sha256(path) != entry["sha256"]:
             return f"{name} does not match its digest"
     extra = sorted(found - set(files))
     return f"{extra[0]} does not belong to it" if extra else None
@@ -102,16 +102,3 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _files(checkpoint: Path) -> list[Path]:
     return sorted(p for p in checkpoint.rglob("*") if p.is_file() and not p.name.startswith(MANIFEST))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
