@@ -1,6 +1,6 @@
 """What production remembers of one request: the trace, and the folder of traces.
 
-Enters: redacted traces from the gateway. Leaves: JSON Lines by day, read by monitoring, rollout, feedback and `fmops trace`.
+Enters: redacted traces from the gateway. Leaves: JSON Lines by day, for monitoring, rollout, feedback, `fmops trace`.
 Refuses: a trace with unknown fields; text that was not redacted never gets here.
 """
 
