@@ -23,8 +23,8 @@ from pydoc_data.topics import topics
 
 from fmops.artifacts import Checkpoint
 from fmops.data.curate import curate
-from fmops.jobs import CurateJob
-from fmops.lifecycle import CorpusSource, Curate
+from fmops.jobs import CorpusPart, CurateJob
+from fmops.lifecycle import Curate
 from fmops.sources import resolve
 from fmops.stage import StageContext
 
@@ -61,7 +61,7 @@ def measure(megabytes: int, model: Path, *, threads: int, tokens: int | None) ->
         source = resolve("docs/*.jsonl", root=root, cache=root / "cache")
         start, before = time.monotonic(), _cpu_seconds()
         corpus = curate(
-            CurateJob(curate=Curate(), corpora={"new": CorpusSource(source="docs/*.jsonl")}, tokens=tokens),
+            CurateJob(curate=Curate(), corpora={"new": CorpusPart()}, tokens=tokens),
             base=Checkpoint(path=model.parent, stage="base", parameters=0, trained_tokens=0),
             corpus_new=source,
             out=root / "out",

@@ -6,8 +6,12 @@ Refuses: anything a stage does not need; one key too many here re-runs work for 
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from fmops.artifacts import Frozen
-from fmops.lifecycle import CorpusSource, Curate
+from fmops.lifecycle import CorpusSource, Curate, ExampleSource, Lifecycle
 
 
 class ImportJob(Frozen):
@@ -21,11 +25,19 @@ class BenchmarksJob(Frozen):
     limit: int | None = None
 
 
+class CorpusPart(Frozen):
+    """What one corpus is to the mixture. Where it lies and who owns it change nothing in it."""
+
+    role: Literal["train", "replay"] = "train"
+    weight: float | None = None
+    text_field: str = "text"
+
+
 class CurateJob(Frozen):
     """How documents become training blocks. Sources arrive as inputs named `corpus_<name>`."""
 
     curate: Curate
-    corpora: dict[str, CorpusSource]
+    corpora: dict[str, CorpusPart]
     tokens: int | None = None
     """Training tokens that pretraining will consume; None packs everything once."""
 
@@ -46,8 +58,29 @@ class EvaluateJob(Frozen):
     """Held-out documents a domain; the items of the benchmarks are chosen already."""
 
 
+class Origin(Frozen):
+    """Where something came from, in the spec's words."""
+
+    source: tuple[str, ...]
+    licence: str | None = None
+
+
 class ReleaseJob(Frozen):
-    """What is released, and which engine must agree with the trainer."""
+    """What is released, which engine must agree with the trainer, and where everything came from."""
 
     name: str
     engine: str = "transformers"
+    base: str | None = Field(None, description="The base model's URI.")
+    data: dict[str, Origin] = Field(
+        default={}, description="By the key under `data`: `corpora.<name>`, `conversations`, `preferences`."
+    )
+
+
+def origins(spec: Lifecycle) -> dict[str, Origin]:
+    """Where the data of a spec comes from."""
+    named: dict[str, CorpusSource | ExampleSource | None] = {
+        **{f"corpora.{name}": corpus for name, corpus in spec.data.corpora.items()},
+        "conversations": spec.data.conversations,
+        "preferences": spec.data.preferences,
+    }
+    return {key: Origin(source=item.source, licence=item.licence) for key, item in named.items() if item}

@@ -27,6 +27,9 @@ Uris = Annotated[
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Tuning = Literal["full", "lora"]
+Licence = Annotated[
+    str | None, Field(description="Of the data, as its owner states it; the release's card and data list repeat it.")
+]
 
 FAMILIES = ("capability", "domain", "forgetting", "harm", "over-refusal", "bias")
 
@@ -42,12 +45,14 @@ class CorpusSource(Frozen):
         None, description="Share of the training tokens. Left out: what the others leave, by size."
     )
     text_field: str = Field("text", description="The column or key that holds the text, in JSON Lines and Parquet.")
+    licence: Licence = None
 
 
 class ExampleSource(Frozen):
     """Conversations or preferences; the form (messages, alpaca, ShareGPT; prompt/chosen/rejected) is recognised."""
 
     source: Uris
+    licence: Licence = None
 
 
 class Data(Frozen):

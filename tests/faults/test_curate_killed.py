@@ -17,15 +17,15 @@ import sys
 from pathlib import Path
 import fmops.data.curate as room
 from fmops.artifacts import Checkpoint
-from fmops.jobs import CurateJob
-from fmops.lifecycle import CorpusSource, Curate
+from fmops.jobs import CorpusPart, CurateJob
+from fmops.lifecycle import Curate
 from fmops.sources import resolve
 from fmops.stage import StageContext
 
 room.GROUP_BYTES = 30_000
 root, model, out = map(Path, sys.argv[1:])
 room.curate(
-    CurateJob(curate=Curate(block_tokens=128), corpora={"new": CorpusSource(source="*.txt")}, tokens=5_000),
+    CurateJob(curate=Curate(block_tokens=128), corpora={"new": CorpusPart()}, tokens=5_000),
     base=Checkpoint(path=model.parent, stage="base", parameters=1, trained_tokens=0),
     corpus_new=resolve("*.txt", root=root, cache=root / "cache"),
     out=out,

@@ -17,8 +17,8 @@ import pytest
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus, Source
 from fmops.data.curate import curate
 from fmops.errors import FmopsError
-from fmops.jobs import CurateJob
-from fmops.lifecycle import CorpusSource, Curate
+from fmops.jobs import CorpusPart, CurateJob
+from fmops.lifecycle import Curate
 from fmops.sources import resolve
 from fmops.stage import StageContext
 
@@ -47,10 +47,10 @@ def run(
     out: str = "out",
     tokens: int | None = None,
     benchmarks: Benchmarks | None = None,
-    corpora: dict[str, CorpusSource] | None = None,
+    corpora: dict[str, CorpusPart] | None = None,
     **curation: Any,
 ) -> Corpus:
-    corpora = corpora or {"new": CorpusSource(source="new.jsonl")}
+    corpora = corpora or {"new": CorpusPart()}
     job = CurateJob(curate=Curate(**{"block_tokens": 256, **curation}), corpora=corpora, tokens=tokens)
     sources = {f"corpus_{name}": source(root, corpus.source[0]) for name, corpus in corpora.items()}
     return curate(job, base=base, out=root / out, context=context, benchmarks=benchmarks, **sources)
@@ -130,7 +130,7 @@ def test_equal_inputs_give_equal_bytes_whatever_the_threads_and_a_seed_changes_t
     monkeypatch.setattr("fmops.data.curate.GROUP_BYTES", 100_000)
     for number, text in enumerate(TOPICS[:16]):
         (tmp_path / f"docs{number:02d}.txt").write_text(text)
-    corpora = {"new": CorpusSource(source="*.txt")}
+    corpora = {"new": CorpusPart()}
     one = run(tmp_path, base, context, out="one", corpora=corpora)
     two = run(tmp_path, base, StageContext(threads=2, stream=context.stream), out="two", corpora=corpora)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
@@ -157,8 +157,8 @@ def test_the_replay_share_holds_whatever_the_sizes(
     write(tmp_path / "new.jsonl", TOPICS[:20])
     write(tmp_path / "old.jsonl", [f"Tale {n}. " + TOPICS[20 + n % 20][n * 7 : n * 7 + 900] for n in range(replay)])
     corpora = {
-        "new": CorpusSource(source="new.jsonl"),
-        "old": CorpusSource(source="old.jsonl", role="replay", weight=0.25),
+        "new": CorpusPart(),
+        "old": CorpusPart(role="replay", weight=0.25),
     }
     corpus = run(tmp_path, base, context, tokens=tokens, corpora=corpora, near_duplicate=0.9)
     assert corpus.tokens == tokens
@@ -228,7 +228,7 @@ def test_every_form_of_file_is_read(tmp_path: Path, base: Checkpoint, context: S
         archive.writestr("inner/g.txt", texts[7])
         archive.writestr("inner/h.jsonl", json.dumps({"text": texts[8]}))
     (folder / "picture.png").write_bytes(b"\x89PNG")
-    corpora = {"new": CorpusSource(source="files")}
+    corpora = {"new": CorpusPart()}
     corpus = run(tmp_path, base, context, corpora=corpora, quality=False)
     held_out = lines(corpus.path / "held_out" / "new.jsonl")
     assert corpus.documents + len(held_out) == 9
@@ -242,7 +242,7 @@ def test_a_long_text_file_becomes_several_documents(
 ) -> None:
     monkeypatch.setattr("fmops.data.read.LONGEST_TEXT", 20_000)
     (tmp_path / "book.txt").write_text("\n\n".join(TOPICS[:20]))
-    corpus = run(tmp_path, base, context, corpora={"new": CorpusSource(source="book.txt")}, quality=False)
+    corpus = run(tmp_path, base, context, corpora={"new": CorpusPart()}, quality=False)
     assert corpus.documents + corpus.held_out_new > 3
     ids = {row["id"] for row in lines(corpus.path / "documents.jsonl")}
     assert all(identity.startswith("new/book.txt#") for identity in ids)
@@ -253,7 +253,7 @@ def test_a_truncated_archive_gives_what_is_whole_and_names_itself(
 ) -> None:
     content = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TOPICS).encode())
     (tmp_path / "new.jsonl.gz").write_bytes(content[: len(content) // 2])
-    corpus = run(tmp_path, base, context, corpora={"new": CorpusSource(source="new.jsonl.gz")})
+    corpus = run(tmp_path, base, context, corpora={"new": CorpusPart()})
     unreadable = next(each for each in corpus.dropped if each.step == "unreadable")
     assert unreadable.documents == 1
     assert unreadable.examples[0].startswith("new/new.jsonl.gz: broken gzip: ")

@@ -13,8 +13,8 @@ import pytest
 from fmops.artifacts import Benchmarks, Checkpoint
 from fmops.data.contamination import Contamination, Quotations, read_contamination
 from fmops.data.curate import curate
-from fmops.jobs import CurateJob
-from fmops.lifecycle import CorpusSource, Curate
+from fmops.jobs import CorpusPart, CurateJob
+from fmops.lifecycle import Curate
 from fmops.sources import resolve
 from fmops.stage import StageContext
 
@@ -109,7 +109,7 @@ def test_curation_drops_contaminated_documents_and_names_the_task(
     folder.mkdir(parents=True)
     (folder / "quiz.jsonl").write_text("".join(json.dumps({"id": "1", "question": item}) + "\n" for item in leaked))
     corpus = curate(
-        CurateJob(curate=Curate(quality=False), corpora={"new": CorpusSource(source="new.jsonl")}),
+        CurateJob(curate=Curate(quality=False), corpora={"new": CorpusPart()}),
         base=Checkpoint(path=tiny_model.parent, stage="base", parameters=1, trained_tokens=0),
         benchmarks=Benchmarks(path=tmp_path / "benchmarks", items={"quiz": 3}),
         corpus_new=resolve("new.jsonl", root=tmp_path, cache=tmp_path / "cache"),

@@ -27,9 +27,16 @@ from fmops.deployment.release import ParityFailed, release
 from fmops.deployment.verify import verify_release
 from fmops.errors import FmopsError, GateRejected, IntegrityError, NeedMoreData
 from fmops.integrity import sha256
-from fmops.jobs import ReleaseJob
+from fmops.jobs import Origin, ReleaseJob
 
-JOB = ReleaseJob(name="tiny")
+JOB = ReleaseJob(
+    name="tiny",
+    base="hf://some/base@main",
+    data={
+        "corpora.python|docs": Origin(source=("docs/*.txt",), licence="PSF-2.0"),
+        "conversations": Origin(source=("talks.jsonl",)),
+    },
+)
 
 
 @pytest.fixture
@@ -63,6 +70,7 @@ def decision(path: Path, verdict: str, *reasons: str) -> GateDecision:
 def evidence(path: Path) -> dict:
     return {
         "base": Checkpoint(path=path, stage="base", parameters=1_300_000, trained_tokens=0, licence="Apache-2.0"),
+        "pretrained": Checkpoint(path=path, stage="pretrain", parameters=1_300_000, trained_tokens=16_000),
         "gate": decision(path, "promote", "no family regressed beyond its margin"),
         "champion_report": EvalReport(path=path, metrics=(metric(1.5),), fingerprint="f"),
         "challenger_report": EvalReport(path=path, metrics=(metric(1.4), metric(0.5, task="new")), fingerprint="f"),
@@ -103,10 +111,13 @@ def test_the_card_says_what_the_artifacts_say(checkpoint, tmp_path, context):
         "The stage `align` trained on 4,096 tokens.",
         "| loss_last | 1.25 |",
         "Corpus: 70 documents, 16,000 training tokens, 20.0% of them replayed",
-        "| python\\|docs | 70 | 16,000 | 0.8 | not stated |",
+        "| python\\|docs | 70 | 16,000 | 0.8 | PSF-2.0 |",
         "Removed from the corpus: 5 near-duplicate. Redacted: 4 email.",
-        "Conversations: 120 for training, 12 held out.",
-        "Preferences: 30 pairs for training, 3 held out.",
+        "- Base model: `hf://some/base@main`",
+        "The stage `pretrain` trained on 16,000 tokens.",
+        "Conversations: 120 for training, 12 held out. Licence: not stated.",
+        "Preferences: 30 pairs for training, 3 held out. Licence: not stated.",
+        "Some training data states no licence",
         "| domain | docs | bits_per_byte ↓ | 1.5000 ± 0.0100 (200) | 1.4000 ± 0.0100 (200) |",
         "| domain | new | bits_per_byte ↓ | – | 0.5000 ± 0.0100 (200) |",
         "Verdict: **promote** at α = 0.05.",

@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from fmops.artifacts import (
     Artifact,
     Checkpoint,
@@ -23,6 +25,7 @@ from fmops.artifacts import (
     Parity,
     Preferences,
 )
+from fmops.jobs import Origin
 
 UNKNOWN = "not stated"
 
@@ -32,12 +35,32 @@ class Evidence(Frozen):
 
     checkpoint: Checkpoint
     base: Checkpoint | None = None
+    pretrained: Checkpoint | None = None
+    instructed: Checkpoint | None = None
     gate: GateDecision | None = None
     champion_report: EvalReport | None = None
     challenger_report: EvalReport | None = None
     corpus: Corpus | None = None
     conversations: Conversations | None = None
     preferences: Preferences | None = None
+    base_uri: str | None = None
+    origins: dict[str, Origin] = Field(default={})
+
+    @property
+    def stages(self) -> list[Checkpoint]:
+        """The trained checkpoints, in order; the last one is the model."""
+        trained = [self.pretrained, self.instructed, self.checkpoint]
+        return [made for made in trained if made is not None and made.stage != "base"]
+
+    @property
+    def licence(self) -> str | None:
+        """The base model's licence."""
+        return self.checkpoint.licence or (self.base.licence if self.base else None)
+
+    def data_licence(self, key: str) -> str | None:
+        """The stated licence of the data under `data.<key>` of the spec."""
+        origin = self.origins.get(key)
+        return origin.licence if origin else None
 
     @classmethod
     def of(cls, **artifacts: Artifact | None) -> Evidence:
@@ -50,7 +73,9 @@ def facts(name: str, known: Evidence, parity: Parity) -> dict[str, Any]:
     checkpoint = known.checkpoint
     return {
         "name": name,
+        "base": known.base_uri,
         "stage": checkpoint.stage,
+        "stages": [{"stage": made.stage, "trained_tokens": made.trained_tokens} for made in known.stages],
         "architecture": _architecture(known),
         "parameters": checkpoint.parameters,
         "trained_tokens": checkpoint.trained_tokens,
@@ -77,6 +102,11 @@ def data_list(known: Evidence) -> dict[str, Any]:
             "held_out_documents": {"new": corpus.held_out_new, "old": corpus.held_out_old},
             "sources": {name: dict(sorted(numbers.items())) for name, numbers in sorted(corpus.sources.items())},
             **_treatment(corpus.dropped, corpus.redactions),
+            "origins": {
+                key.removeprefix("corpora."): origin.model_dump(mode="json")
+                for key, origin in sorted(known.origins.items())
+                if key.startswith("corpora.")
+            },
         }
     if known.conversations:
         talks = known.conversations
@@ -84,6 +114,7 @@ def data_list(known: Evidence) -> dict[str, Any]:
             "conversations": talks.conversations,
             "held_out": talks.held_out,
             **_treatment(talks.dropped, talks.redactions),
+            **_origin(known.origins.get("conversations")),
         }
     if known.preferences:
         pairs = known.preferences
@@ -91,16 +122,16 @@ def data_list(known: Evidence) -> dict[str, Any]:
             "pairs": pairs.pairs,
             "held_out": pairs.held_out,
             **_treatment(pairs.dropped, pairs.redactions),
+            **_origin(known.origins.get("preferences")),
         }
     return listed
 
 
 def model_card(name: str, known: Evidence, parity: Parity) -> str:
     """The card in Markdown, with the metadata block of the Hugging Face hub."""
-    licence = known.checkpoint.licence or (known.base.licence if known.base else None)
     parts = [
-        ["---", *_metadata(licence), "---", "", f"# {name}"],
-        _model(known, licence),
+        ["---", *_metadata(known), "---", "", f"# {name}"],
+        _model(known),
         _training(known),
         _data(known),
         _evaluation(known),
@@ -111,7 +142,8 @@ def model_card(name: str, known: Evidence, parity: Parity) -> str:
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
-def _metadata(licence: str | None) -> Iterable[str]:
+def _metadata(known: Evidence) -> Iterable[str]:
+    licence = known.licence
     # The hub knows licences by lower-case SPDX names; anything else has to be called `other`.
     if licence and " " not in licence:
         yield f"license: {licence.lower()}"
@@ -122,17 +154,18 @@ def _metadata(licence: str | None) -> Iterable[str]:
     yield "pipeline_tag: text-generation"
 
 
-def _model(known: Evidence, licence: str | None) -> list[str]:
+def _model(known: Evidence) -> list[str]:
     base = known.base
     lines = [
         "## Model",
         "",
+        f"- Base model: `{known.base_uri or UNKNOWN}`",
         f"- Architecture: {_architecture(known)}, {known.checkpoint.parameters:,} parameters",
-        f"- Licence of the base model: {licence or UNKNOWN}",
+        f"- Licence of the base model: {known.licence or UNKNOWN}",
         f"- Last training stage: {known.checkpoint.stage}",
     ]
     if base and base.parameters != known.checkpoint.parameters:
-        lines.append(f"- Base model: {base.parameters:,} parameters")
+        lines.append(f"- The base model has {base.parameters:,} parameters")
     return lines
 
 
@@ -143,14 +176,16 @@ def _architecture(known: Evidence) -> str:
 
 
 def _training(known: Evidence) -> list[str]:
-    checkpoint = known.checkpoint
-    lines = ["## Training", "", f"The stage `{checkpoint.stage}` trained on {checkpoint.trained_tokens:,} tokens."]
-    if checkpoint.stage == "base":
-        lines = ["## Training", "", "None: this is the base model as it was imported."]
-    if checkpoint.metrics:
-        lines += ["", "| metric | value |", "|---|---:|"]
-        lines += [f"| {_cell(key)} | {value:.6g} |" for key, value in sorted(checkpoint.metrics.items())]
-    return lines
+    lines = ["## Training", ""]
+    if not known.stages:
+        return [*lines, "None: this is the base model as it was imported."]
+    for made in known.stages:
+        lines += [f"The stage `{made.stage}` trained on {made.trained_tokens:,} tokens.", ""]
+        if made.metrics:
+            lines += ["| metric | value |", "|---|---:|"]
+            lines += [f"| {_cell(key)} | {value:.6g} |" for key, value in sorted(made.metrics.items())]
+            lines.append("")
+    return lines[:-1]
 
 
 def _data(known: Evidence) -> list[str]:
@@ -167,15 +202,26 @@ def _data(known: Evidence) -> list[str]:
         ]
         for name, numbers in sorted(corpus.sources.items()):
             counted = " | ".join(_number(numbers.get(key)) for key in ("documents", "tokens", "weight"))
-            lines.append(f"| {_cell(name)} | {counted} | {UNKNOWN} |")
+            stated = known.data_licence(f"corpora.{name}") or UNKNOWN
+            lines.append(f"| {_cell(name)} | {counted} | {_cell(stated)} |")
         lines += ["", *_treated("corpus", corpus.dropped, corpus.redactions)]
     if known.conversations:
         talks = known.conversations
-        lines += ["", f"Conversations: {talks.conversations:,} for training, {talks.held_out:,} held out.", ""]
+        stated = known.data_licence("conversations") or UNKNOWN
+        lines += [
+            "",
+            f"Conversations: {talks.conversations:,} for training, {talks.held_out:,} held out. Licence: {stated}.",
+            "",
+        ]
         lines += _treated("conversations", talks.dropped, talks.redactions)
     if known.preferences:
         pairs = known.preferences
-        lines += ["", f"Preferences: {pairs.pairs:,} pairs for training, {pairs.held_out:,} held out.", ""]
+        stated = known.data_licence("preferences") or UNKNOWN
+        lines += [
+            "",
+            f"Preferences: {pairs.pairs:,} pairs for training, {pairs.held_out:,} held out. Licence: {stated}.",
+            "",
+        ]
         lines += _treated("preferences", pairs.dropped, pairs.redactions)
     return lines if len(lines) > 2 else [*lines, "None beyond what the base model learned from."]
 
@@ -190,8 +236,11 @@ def _treatment(dropped: Sequence[Dropped], redactions: dict[str, int]) -> dict[s
     return {
         "dropped": {item.step: item.documents for item in dropped},
         "redactions": dict(sorted(redactions.items())),
-        "licence": None,
     }
+
+
+def _origin(origin: Origin | None) -> dict[str, Any]:
+    return {"origin": origin.model_dump(mode="json")} if origin else {}
 
 
 def _paired(report: EvalReport | None, base: EvalReport | None) -> list[tuple[Metric, Metric | None]]:
@@ -268,7 +317,8 @@ def _limits(known: Evidence) -> list[str]:
     if not (known.challenger_report and known.challenger_report.metrics):
         lines.append("- No benchmark was run: nothing is known about quality or harm.")
     lines.append("- Benchmarks sample behaviour; they do not certify the absence of harm or bias.")
-    lines.append("- The licences of the training data are not recorded; check them before the model is passed on.")
+    if any(origin.licence is None for origin in known.origins.values()):
+        lines.append("- Some training data states no licence; check it before the model is passed on.")
     return lines
 
 

@@ -52,7 +52,9 @@ def release(
         FmopsError: the checkpoint holds something that must not be served.
     """
     verdict = _judge(gate)
-    known = Evidence.of(checkpoint=checkpoint, gate=gate, **evidence)
+    known = Evidence.of(checkpoint=checkpoint, gate=gate, **evidence).model_copy(
+        update={"base_uri": config.base, "origins": config.data}
+    )
     _clear(out)
     kept, left = admit_model(checkpoint.model)
     if left:
@@ -77,7 +79,7 @@ def release(
     stated = facts(config.name, known, parity)
     _write(out / "data.json", json.dumps(data_list(known), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     _write(out / "MODEL_CARD.md", model_card(config.name, known, parity))
-    return Release(path=out, name=config.name, parity=parity, licence=_licence(known), verdict=verdict, facts=stated)
+    return Release(path=out, name=config.name, parity=parity, licence=known.licence, verdict=verdict, facts=stated)
 
 
 def _judge(gate: GateDecision | None) -> str:
@@ -92,10 +94,6 @@ def _judge(gate: GateDecision | None) -> str:
             f"the gate needs more data: {reasons}. Nothing is released. Raise evaluate.limit, or widen a margin."
         )
     return gate.verdict
-
-
-def _licence(known: Evidence) -> str | None:
-    return known.checkpoint.licence or (known.base.licence if known.base else None)
 
 
 def _clear(out: Path) -> None:

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fmops.artifacts import Frozen
-from fmops.jobs import BenchmarksJob, CurateJob, EvaluateJob, ExampleJob, ImportJob, ReleaseJob
+from fmops.jobs import (
+    BenchmarksJob,
+    CorpusPart,
+    CurateJob,
+    EvaluateJob,
+    ExampleJob,
+    ImportJob,
+    ReleaseJob,
+    origins,
+)
 from fmops.lifecycle import ExampleSource, Lifecycle
 from fmops.stage import STAGES, Stage
 
@@ -88,7 +97,11 @@ class _Builder:
             self.benchmarks = self.add("benchmarks", "benchmarks", job, pinned)
         if spec.data.corpora:
             tokens = spec.pretrain.tokens if spec.pretrain else None
-            curate = CurateJob(curate=spec.curate, corpora=spec.data.corpora, tokens=tokens)
+            parts = {
+                name: CorpusPart(role=item.role, weight=item.weight, text_field=item.text_field)
+                for name, item in spec.data.corpora.items()
+            }
+            curate = CurateJob(curate=spec.curate, corpora=parts, tokens=tokens)
             sources = {f"corpus_{name}": item.source for name, item in spec.data.corpora.items()}
             self.corpus = self.add("corpus", "curate", curate, sources, base="base", benchmarks=self.benchmarks)
         self.base_report = self.evaluate("base", name="evaluate-base")
@@ -127,6 +140,10 @@ class _Builder:
         job = ExampleJob(redact=curate.redact, held_out=curate.held_out, max_tokens=max_tokens)
         return self.add(stage, stage, job, {"source": source.source}, base="base", benchmarks=self.benchmarks)
 
+    def _earlier(self, stage: str, last: str) -> str | None:
+        """The checkpoint of a stage before the last one, for the card's history."""
+        return stage if stage in self.nodes and stage != last else None
+
     def decide(self, checkpoint: str, report: str | None) -> None:
         """The gate, when there is a candidate to judge, and the release."""
         gate = None
@@ -135,10 +152,12 @@ class _Builder:
         self.add(
             "release",
             "release",
-            ReleaseJob(name=self.spec.name),
+            ReleaseJob(name=self.spec.name, base=self.spec.base, data=origins(self.spec)),
             {},
             checkpoint=checkpoint,
             base="base",
+            pretrained=self._earlier("pretrain", checkpoint),
+            instructed=self._earlier("instruct", checkpoint),
             gate=gate,
             champion_report=self.base_report,
             challenger_report=report,
