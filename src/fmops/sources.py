@@ -18,6 +18,7 @@ from fmops.artifacts import Source, SourceFile
 from fmops.errors import FmopsError, IntegrityError, unknown
 from fmops.integrity import Digests, refuse_disguised, refuse_pickle, sha256
 from fmops.locks import locked
+from fmops.store import write_atomically
 
 Report = Callable[[str], None]
 
@@ -197,7 +198,6 @@ def _read_receipt(receipt: Path, *, cache: Path, digests: Digests, report: Repor
 
 
 def _write_receipt(receipt: Path, *, address: str, fetched: Fetched, cache: Path) -> None:
-    receipt.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "address": address,
         "version": fetched.version,
@@ -206,6 +206,4 @@ def _write_receipt(receipt: Path, *, address: str, fetched: Fetched, cache: Path
             name: [path.relative_to(cache).as_posix(), sha256(path)] for name, path in sorted(fetched.files.items())
         },
     }
-    temporary = receipt.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(receipt)
+    write_atomically(receipt, json.dumps(content, indent=1))

@@ -63,9 +63,8 @@ def fetch_remote(address: str, *, cache: Path, kept: Fetched | None, report: Rep
     except ImportError as error:
         raise FmopsError(f"{_public(address)}: {error}. Install the client, e.g. `pip install 'fmops[s3]'`.") from None
     except _unreachable() as error:
-        # fsspec says "not found" of an unreachable web server too; the cause tells them apart.
         cause = error.__cause__
-        if isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) in (404, 410)):
+        if isinstance(error, FileNotFoundError) and _answered_no(cause):
             raise FmopsError(
                 f"no file at {_public(address)}. Check the address; it may be a file, a folder or a glob."
             ) from None
@@ -77,6 +76,12 @@ def fetch_remote(address: str, *, cache: Path, kept: Fetched | None, report: Rep
             "credentials, and run again: the download goes on where it broke."
         ) from None
     return Fetched(files=files, version=version, pinned=False)
+
+
+def _answered_no(cause: BaseException | None) -> bool:
+    """Whether the store itself said that there is no such file: fsspec says so of an unreachable server, too."""
+    code = getattr(cause, "response", {}).get("Error", {}).get("Code")  # botocore's
+    return cause is None or getattr(cause, "status", None) in (404, 410) or code in ("404", "NoSuchBucket", "NoSuchKey")
 
 
 def _unreachable() -> tuple[type[BaseException], ...]:

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,7 +36,8 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         FmopsError: an input is missing or damaged, or the plan no longer gives `fingerprint`.
     """
     planner = project.planner()
-    step = planner.plan()[name]
+    steps = planner.plan()
+    step = steps[name]
     if step.fingerprint is None or step.inputs is None:
         raise FmopsError(f"stage {name!r} cannot run yet: {step.reason}. `fmops run` runs what comes before it.")
     if fingerprint and step.fingerprint != fingerprint:
@@ -48,7 +50,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
     out = project.store.folder(step.node.stage.name, step.fingerprint)
     with locked(project.store.root / "locks" / out.name, wait_s=10):
         out.mkdir(parents=True, exist_ok=True)
-        inputs = {**_artifacts(project, step), **_sources(step, planner.sources)}
+        inputs = {**_artifacts(project, step, steps), **_sources(step, planner.sources)}
         context = StageContext(
             seed=project.spec.seed,
             threads=project.threads,
@@ -96,13 +98,14 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
     return 0
 
 
-def _artifacts(project: Project, step: Step) -> dict[str, Artifact]:
+def _artifacts(project: Project, step: Step, steps: Mapping[str, Step]) -> dict[str, Artifact]:
+    """The artifacts that a step's plan names, each read again and compared with its digests."""
     found = {}
-    for parameter, ref in (step.inputs or {}).items():
-        if ref.kind == "artifact":
-            record = project.store.by_key(ref.ref)
-            project.store.verify(record)
-            found[parameter] = project.store.load(record)
+    for parameter, name in step.node.artifacts.items():
+        record = steps[name].record
+        assert record is not None
+        project.store.verify(record)
+        found[parameter] = project.store.load(record)
     return found
 
 
