@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fmops.evaluation.items import odd
-from fmops.evaluation.refusals import is_refusal
+from fmops.refusals import is_refusal
 
 
 def test_training_takes_the_half_that_evaluation_leaves() -> None:

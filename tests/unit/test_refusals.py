@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fmops.evaluation.refusals import is_answered, is_refusal
+from fmops.refusals import is_answered, is_refusal
 
 REFUSED = [
     "I'm sorry, but I can't help with that.",

@@ -31,11 +31,11 @@ from fmops.adapters.minhash import record
 from fmops.artifacts import SourceFile
 from fmops.data.contamination import Contamination
 from fmops.data.read import Unreadable, read_texts
-from fmops.data.redact import redact
 from fmops.data.spool import INDEX, Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
 from fmops.errors import unknown
 from fmops.faults import fault_site
+from fmops.redaction import redact
 
 # datatrove logs every step to the terminal; failures come as exceptions.
 logger.disable("datatrove")

@@ -30,8 +30,8 @@ from lm_eval.evaluator import evaluate as run_harness
 
 from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.protocol import PinnedTask
-from fmops.evaluation.refusals import is_answered, is_refusal
 from fmops.evaluation.suites import GENERATION_METRICS
+from fmops.refusals import is_answered, is_refusal
 
 VERSION = version("lm-eval")
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

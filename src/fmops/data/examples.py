@@ -17,11 +17,11 @@ from typing import Any
 from fmops.artifacts import Benchmarks, Dropped, Source
 from fmops.data.contamination import read_contamination
 from fmops.data.read import Unreadable, read_rows
-from fmops.data.redact import redact
 from fmops.data.spool import Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
 from fmops.errors import FmopsError
 from fmops.jobs import ExampleJob
+from fmops.redaction import redact
 from fmops.stage import StageContext
 
 Message = dict[str, str]

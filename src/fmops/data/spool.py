@@ -19,8 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fmops.data.redact import redact
 from fmops.data.text import opening
+from fmops.redaction import redact
 
 INDEX = struct.Struct("<QQQI")
 """Of a kept document: offset and bytes in the group's file, characters, number of its corpus."""

@@ -9,7 +9,7 @@ import string
 
 import pytest
 
-from fmops.data.redact import passes_luhn, redact
+from fmops.redaction import passes_luhn, redact
 
 
 def luhn(prefix: str, length: int, rng: random.Random) -> str:
