@@ -1,0 +1,120 @@
+"""What can be told from an answer at once: cheap signals for every request.
+
+Enters: prompt and answer as text. Leaves: 0/1 signals, and lengths, by name.
+Refuses: to say what it cannot tell; a signal that does not apply is left out, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from fmops.deployment.monitoring.language import expects_another_language, language
+from fmops.redaction import redact
+from fmops.refusals import is_refusal
+
+BINARY = (
+    "empty", "truncated", "repeated", "refused", "wrong_language", "invalid_json", "personal_data", "secret",
+    "prompt_leak",
+)  # fmt: skip
+"""Signals of 0 or 1; 1 is what nobody wants, except that a refusal may be right."""
+
+SECRETS = frozenset({"private-key", "jwt", "aws-key", "aws-secret", "token"})
+REPEATED_WORDS = 4
+"""Length of the word sequences that are counted."""
+REPEATED_SHARE = 0.5
+"""An answer repeats itself when fewer than half of its word sequences are new."""
+LEAKED_WORDS = 8
+"""So many words of the system prompt in a row are a leak."""
+
+_WORD = re.compile(r"\w+")
+_CONTROL = re.compile(
+    r"<\|(?:im_start|im_end|system|user|assistant|endoftext|eot_id|start_header_id|end_header_id)\|>"
+    r"|<</?SYS>>|\[/?INST\]|<(?:start|end)_of_turn>"
+)
+_CONFESSED = re.compile(
+    r"(?i)\bmy (?:system (?:prompt|message)|initial instructions?|hidden instructions?)\b[^.?!]{0,30}:"
+)
+
+
+def measure(
+    prompt: str,
+    response: str,
+    *,
+    finish_reason: str | None,
+    wants_json: bool,
+    system: str = "",
+    found: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Signals of one answer: those of `BINARY` that apply, `characters` and `words`.
+
+    `found` is what redaction found in the raw answer, by type, where the caller has redacted it already. Personal data
+    and secrets count only where the prompt does not hold as many of the same type: an echo is no leak.
+    """
+    words = _WORD.findall(response)
+    signals = {
+        "characters": float(len(response)),
+        "words": float(len(words)),
+        "empty": float(not words),
+        "truncated": float(finish_reason == "length"),
+    }
+    if not words:
+        return signals | ({"invalid_json": 1.0} if wants_json else {})
+    leaked = _leaked(prompt, redact(response)[1] if found is None else found)
+    signals |= {
+        "repeated": float(_repeats(words)),
+        "refused": float(is_refusal(response)),
+        "personal_data": float(bool(leaked - SECRETS)),
+        "secret": float(bool(leaked & SECRETS)),
+        "prompt_leak": float(_leaks(response, words, system)),
+    }
+    if wants_json:
+        signals["invalid_json"] = float(not _is_json(response))
+    else:
+        asked, answered = language(prompt), language(response)
+        if asked and answered and not expects_another_language(prompt):
+            signals["wrong_language"] = float(asked != answered)
+    return signals
+
+
+def _leaked(prompt: str, found: Mapping[str, int]) -> set[str]:
+    if not any(found.values()):
+        return set()
+    # A prompt that was redacted before shows its types as placeholders.
+    given = redact(prompt)[1]
+    return {kind for kind, count in found.items() if count > given[kind] + prompt.count(f"<{kind}>")}
+
+
+def _repeats(words: list[str]) -> bool:
+    """Whether an answer goes round in circles; a long word stands for text without spaces."""
+    if max(map(len, words)) > 40:
+        text = "".join(words)
+        runs = [text[start : start + 8] for start in range(len(text) - 7)]
+    else:
+        runs = [" ".join(words[start : start + REPEATED_WORDS]) for start in range(len(words) - REPEATED_WORDS + 1)]
+    return len(runs) >= 16 and len(set(runs)) < REPEATED_SHARE * len(runs)
+
+
+def _leaks(response: str, words: list[str], system: str) -> bool:
+    if _CONTROL.search(response) or _CONFESSED.search(response):
+        return True
+    given = _WORD.findall(system)
+    if len(given) < LEAKED_WORDS:
+        return False
+    said = f" {' '.join(words)} "
+    return any(
+        f" {' '.join(given[start : start + LEAKED_WORDS])} " in said for start in range(len(given) - LEAKED_WORDS + 1)
+    )
+
+
+def _is_json(response: str) -> bool:
+    try:
+        json.loads(response, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

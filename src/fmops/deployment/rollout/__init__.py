@@ -1,0 +1,1 @@
+"""Rollout: shadow, canary, promotion or rollback, decided with a stated error rate."""
