@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "quickstart"))
-sys.path.insert(0, str(ROOT / "tests"))  # example_run
+sys.path.insert(0, str(ROOT / "tests"))  # example_run, fake_engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

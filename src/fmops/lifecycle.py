@@ -161,6 +161,54 @@ class Serve(Frozen):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
     max_tokens: int = Field(2048, ge=1, description="Most tokens a request may hold, prompt and answer together.")
+    tokens_per_minute: int = Field(
+        60_000, ge=1, description="Budget of a tenant at the gateway, prompts and answers; a key may state its own."
+    )
+    split: Literal["request", "user"] = Field(
+        "request", description="What chance assigns to champion or canary. `user` goes by the client's `user` field."
+    )
+
+
+class Rollout(Frozen):
+    """How a release takes over the traffic."""
+
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.05, description="Chance that an equal release is rolled back; and, apart, that a worse one is promoted."
+    )
+    steps: tuple[Share, ...] = Field(
+        (0.01, 0.1, 0.5),
+        min_length=1,
+        description="Shares of the traffic that the canary answers, one after the other.",
+    )
+    shadow: float = Field(
+        0.1, ge=0, le=1, description="Share of the requests that is mirrored before the canary; 0 goes without."
+    )
+    answers: int = Field(100, ge=1, description="Answers of the challenger that each step needs at least.")
+    margins: dict[str, Share] = Field(
+        default={}, description="Rise of a signal's rate that promotion must rule out. Left out: 0.02 to 0.05."
+    )
+    deadline_hours: float = Field(72, gt=0, description="Without proof by then it is rolled back.")
+    silence_minutes: float = Field(30, gt=0, description="Without an answer of the challenger for so long it is held.")
+
+    @field_validator("steps")
+    @classmethod
+    def _rising(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if list(steps) != sorted(set(steps)):
+            raise ValueError(f"rollout.steps must rise: {', '.join(f'{step:g}' for step in steps)}. Sort them")
+        return steps
+
+
+class Monitor(Frozen):
+    """When production's answers count as worse than before."""
+
+    observations_per_false_alarm: int = Field(
+        100_000, ge=100, description="Mean number of answers between two false alarms, at least."
+    )
+    reference: int = Field(1000, ge=100, description="Answers after a promotion that say what is normal.")
+    tolerances: dict[str, Share] = Field(
+        default={}, description="Rise of a signal's rate above normal that is no harm. Left out: 0.01."
+    )
+    cool_down_hours: float = Field(24, ge=0, description="After an alarm the same signal is silent for so long.")
 
 
 class Runtime(Frozen):
@@ -187,6 +235,8 @@ class Lifecycle(Frozen):
     evaluate: Evaluate | None = None
     gate: Gate | None = None
     serve: Serve = Serve()
+    rollout: Rollout = Rollout()
+    monitor: Monitor = Monitor()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

@@ -260,11 +260,11 @@ def discard_work(folder: Path) -> None:
     shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, even through a power cut."""
+def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file that appears whole or not at all, even through a power cut; `mode` as open(2), less the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with partial.open("w", encoding="utf-8") as stream:
+    with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

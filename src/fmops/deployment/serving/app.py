@@ -7,7 +7,9 @@ Refuses: a release that is not certified, and every malformed request, in the sh
 from __future__ import annotations
 
 import asyncio
-import json
+import os
+import re
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -24,16 +26,16 @@ from fmops.deployment.serving.engine import EngineError, Generation, PromptError
 from fmops.deployment.serving.replies import Kind, Reply
 from fmops.deployment.serving.server import bind, run_server
 from fmops.deployment.serving.service import Answer, Service
+from fmops.deployment.serving.wire import DONE, GONE, bears, error_response, event, read_json
 from fmops.deployment.verify import verify_release
 from fmops.errors import FmopsError
 from fmops.lifecycle import Serve
 
-MAX_BODY_BYTES = 4 * 1024 * 1024
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions; a chat may use what the context leaves."""
 
-GONE = 499
-"""The client hung up: nobody reads this status, proxies and our metrics log it."""
+ENGINE_KEY = "FMOPS_ENGINE_KEY"
+REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -55,20 +57,23 @@ def serve(release: Release, config: Serve, *, files: Mapping[str, str], threads:
     # Taken before the model is loaded: a port in use is found at once.
     listener = bind(config.host, config.port)
     loaded = load_engine(engine, release.model, max_tokens=config.max_tokens, threads=threads)
+
+    def build() -> tuple[Service, Starlette]:
+        service = Service(loaded, version=version)
+        return service, build_app(service, name=release.name)
+
     try:
-        run_server(lambda: build_service(loaded, version=version), build_app, listener, name=release.name)
+        run_server(build, [listener])
     finally:
         loaded.close()
 
 
-def build_service(engine: Any, *, version: str) -> Service:
-    """The service around a loaded engine; must be called on the event loop that will serve."""
-    return Service(engine, version=version)
-
-
 def build_app(service: Service, *, name: str) -> Starlette:
-    """The routes, for a service; `name` is the model's name in the API."""
-    api = _Api(service, name)
+    """The routes, for a service; `name` is the model's name in the API.
+
+    With ENGINE_KEY in the environment every route but /health wants that key: `fmops up` lets only its gateway in.
+    """
+    api = _Api(service, name, os.environ.get(ENGINE_KEY))
     routes = [
         Route("/v1/chat/completions", api.guarded(api.chat, "chat"), methods=["POST"]),
         Route("/v1/completions", api.guarded(api.complete, "completions"), methods=["POST"]),
@@ -97,17 +102,19 @@ class _EventStream(StreamingResponse):
 class _Api:
     """The handlers of one service."""
 
-    def __init__(self, service: Service, name: str) -> None:
-        self._service, self._name = service, name
+    def __init__(self, service: Service, name: str, key: str | None) -> None:
+        self._service, self._name, self._key = service, name, key
 
     def guarded(self, handler: Handler, route: str) -> Handler:
         """Answer mistakes in OpenAI's shape, count the request, and say which release answered."""
 
         async def handle(request: Request) -> Response:
             try:
+                if self._key and route != "health" and not bears(request, self._key):
+                    raise RequestError("this engine answers its gateway only", code="invalid_api_key", status=401)
                 response = await handler(request)
             except RequestError as error:
-                response = _error(error)
+                response = error_response(error)
             except ClientDisconnect:
                 response = Response(status_code=GONE)
             self._service.metrics.requests.labels(route, str(response.status_code)).inc()
@@ -118,7 +125,7 @@ class _Api:
 
     async def chat(self, request: Request) -> Response:
         self._service.refuse_early()
-        body = parse_body(await _json(request), ChatBody)
+        body = parse_body(await read_json(request), ChatBody)
         self._known(body.model)
         messages = [
             {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
@@ -133,7 +140,7 @@ class _Api:
 
     async def complete(self, request: Request) -> Response:
         self._service.refuse_early()
-        body = parse_body(await _json(request), CompletionBody)
+        body = parse_body(await read_json(request), CompletionBody)
         self._known(body.model)
         given = body.prompt
         prompt = (
@@ -167,14 +174,16 @@ class _Api:
         assert isinstance(error, HTTPException)
         routes = "/v1/chat/completions, /v1/completions, /v1/models, /health, /metrics"
         text = f"{request.method} {request.url.path}: {error.detail}. Known: {routes}."
-        response = _error(RequestError(text, status=error.status_code, code="unknown_url"))
+        response = error_response(RequestError(text, status=error.status_code, code="unknown_url"))
         response.headers["x-fmops-release"] = self._service.version
         return response
 
     async def crashed(self, request: Request, error: Exception) -> Response:
         """A fault of ours; Starlette raises it again after this answer, so that the log holds the traceback."""
         self._service.metrics.requests.labels("error", "500").inc()
-        return _error(RequestError(f"internal error: {type(error).__name__}", status=500, code="internal_error"))
+        return error_response(
+            RequestError(f"internal error: {type(error).__name__}", status=500, code="internal_error")
+        )
 
     def _known(self, model: str) -> None:
         if model != self._name:
@@ -210,7 +219,7 @@ class _Api:
         answer = self._service.open(generation, operation=kind)
         reply = Reply(
             kind, engine=self._service.engine, model=self._name, version=self._service.version,
-            prompt_tokens=len(prompt), top_logprobs=top_logprobs,
+            prompt_tokens=len(prompt), top_logprobs=top_logprobs, request_id=_request_id(request),
         )  # fmt: skip
         if body.stream:
             return _EventStream(_events(answer, reply, usage=body.wants_usage), answer)
@@ -221,6 +230,12 @@ class _Api:
         finally:
             answer.close()
         return Response(status_code=GONE) if tokens is None else JSONResponse(reply.whole(tokens))
+
+
+def _request_id(request: Request) -> str:
+    """The caller's, as vLLM does it, so that whoever routes a request knows the answer's id; else a random one."""
+    given = request.headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
 
 
 async def _collect(answer: Answer) -> list[Token]:
@@ -242,42 +257,18 @@ async def _unless_gone(request: Request, work: Any) -> list[Token] | None:
 
 async def _events(answer: Answer, reply: Reply, *, usage: bool) -> AsyncIterator[bytes]:
     """A stream ends with [DONE] when it is complete and with an error event when it is not; never in silence."""
-    if opening := reply.opening():
-        yield _event(opening)
-    count = 0
+    count, total = 0, 0.0
     try:
         async for token in answer:
-            count += 1
+            # With the first token, not before it: a client measures the time to it.
+            if not count and (opening := reply.opening()):
+                yield event(opening)
+            count, total = count + 1, total + token.logprob
             if piece := reply.piece(token):
-                yield _event(piece)
+                yield event(piece)
     except EngineError as error:
-        yield _event(RequestError(str(error), code="stream_failed", status=503).body())
+        yield event(RequestError(str(error), code="stream_failed", status=503).body())
         return
     if usage:
-        yield _event(reply.closing(count))
-    yield b"data: [DONE]\n\n"
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _json(request: Request) -> Any:
-    read = bytearray()
-    async for chunk in request.stream():
-        read += chunk
-        if len(read) > MAX_BODY_BYTES:
-            raise RequestError(f"the request body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large", status=413)
-    try:
-        return json.loads(read, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the request body is no valid JSON: {error}", code="invalid_json") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _error(error: RequestError) -> Response:
-    headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else {}
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+        yield event(reply.closing(count, total))
+    yield DONE

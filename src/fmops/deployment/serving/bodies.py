@@ -109,6 +109,8 @@ class Sampling(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    """vLLM's: requests with another salt share no cached prefix. The gateway sets it, by tenant."""
 
     @property
     def wants_usage(self) -> bool:

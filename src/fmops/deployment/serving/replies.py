@@ -6,7 +6,6 @@ Refuses: nothing.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -20,14 +19,15 @@ class Reply:
     """Builds the objects of one answer; every one carries the same id and the release that spoke."""
 
     def __init__(
-        self, kind: Kind, *, engine: Engine, model: str, version: str, prompt_tokens: int, top_logprobs: int | None
-    ) -> None:
+        self, kind: Kind, *, engine: Engine, model: str, version: str, prompt_tokens: int, top_logprobs: int | None,
+        request_id: str,
+    ) -> None:  # fmt: skip
         self._kind, self._engine, self._top = kind, engine, top_logprobs
         self._prompt_tokens = prompt_tokens
         self._offset = 0
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         self._frame = {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "id": f"{prefix}-{request_id}",
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": version,
@@ -42,7 +42,8 @@ class Reply:
         else:
             choice["text"] = text
         kind = "chat.completion" if self._kind == "chat" else "text_completion"
-        return {**self._frame, "object": kind, "choices": [choice], "usage": self.usage(len(tokens))}
+        total = sum(token.logprob for token in tokens)
+        return {**self._frame, "object": kind, "choices": [choice], "usage": self.usage(len(tokens), total)}
 
     def opening(self) -> dict[str, Any] | None:
         """What a stream says before the first token: in a chat, who speaks."""
@@ -61,16 +62,20 @@ class Reply:
             choice["text"] = token.text
         return self._piece(choice)
 
-    def closing(self, count: int) -> dict[str, Any]:
+    def closing(self, count: int, logprob: float) -> dict[str, Any]:
         """The token counts, when a stream was asked for them."""
-        return {**self._piece({}), "choices": [], "usage": self.usage(count)}
+        return {**self._piece({}), "choices": [], "usage": self.usage(count, logprob)}
 
-    def usage(self, count: int) -> dict[str, int]:
-        """Tokens read and generated; the token that ends an answer counts."""
+    def usage(self, count: int, logprob: float) -> dict[str, float]:
+        """Tokens read and generated; the token that ends an answer counts.
+
+        Beyond OpenAI's fields `mean_logprob`: nats a generated token, of `logprob` in all.
+        """
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": count,
             "total_tokens": self._prompt_tokens + count,
+            "mean_logprob": round(logprob / count, 6) if count else 0.0,
         }
 
     def _piece(self, choice: dict[str, Any]) -> dict[str, Any]:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Protocol
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
-from fmops.deployment.serving.service import Service
 from fmops.errors import FmopsError
 
 GRACE_S = 20.0
 """How long running answers may take after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
+KEEP_ALIVE_S = 75
+"""Longer than the gateway keeps an idle connection (60 s): it never writes into one that is being closed."""
 
 
-class BuildApp(Protocol):
-    """Makes the routes for a service."""
+class Drainable(Protocol):
+    """What stands behind the routes."""
 
-    def __call__(self, service: Service, *, name: str) -> Starlette: ...
+    version: str
+
+    async def drain(self, *, grace_s: float) -> None:
+        """Take nothing new; return when what runs has ended, at the latest after the grace."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -35,7 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
         FmopsError: the address is in use or not ours.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio switches Nagle's algorithm off: small pieces of a stream would wait 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -55,18 +60,17 @@ def address(listener: socket.socket) -> str:
 
 
 def run_server(
-    make_service: Callable[[], Service], build_app: BuildApp, listener: socket.socket, *, name: str,
-    grace_s: float = GRACE_S,
-) -> None:  # fmt: skip
-    """Serve until a signal, then drain. Prints the address once it listens."""
+    build: Callable[[], tuple[Drainable, ASGIApp]], listeners: Sequence[socket.socket], *, grace_s: float = GRACE_S
+) -> None:
+    """Serve what `build` makes on the event loop, until a signal, then drain. Prints the first address."""
 
     async def run() -> None:
-        service = make_service()
+        service, app = build()
         config = uvicorn.Config(
-            build_app(service, name=name), log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=5,
+            app, log_level="warning", access_log=False, lifespan="off", server_header=False,
+            timeout_graceful_shutdown=5, timeout_keep_alive=KEEP_ALIVE_S, h11_max_incomplete_event_size=64 * 1024,
         )  # fmt: skip
-        await _Server(config, service, address(listener), grace_s).serve(sockets=[listener])
+        await _Server(config, service, address(listeners[0]), grace_s).serve(sockets=list(listeners))
 
     asyncio.run(run())
 
@@ -74,7 +78,7 @@ def run_server(
 class _Server(uvicorn.Server):
     """Uvicorn closes its sockets at the signal; here the service drains first, and answers 503 meanwhile."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, url: str, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Drainable, url: str, grace_s: float) -> None:
         super().__init__(config)
         self._service, self._url, self._grace_s = service, url, grace_s
         self._signals = 0

@@ -1,0 +1,1 @@
+"""The one door to the engines: who may ask, how much, who answers, and what is remembered."""
