@@ -132,11 +132,47 @@ def diff(a: str, b: str, spec: Path, workspace: Path | None) -> None:
 @click.argument("artifact")
 @with_spec
 def trace(artifact: str, spec: Path, workspace: Path | None) -> None:
-    """Follow one artifact back to its sources, and on to what is built from it."""
-    from fmops.orchestration.lineage import render_trace
+    """Follow one artifact, or one answer by its id, back to its sources, and on to what is built from it."""
+    from fmops.orchestration.lineage import render_answer, render_trace
 
     store = open_project(spec, workspace).store
-    click.echo(render_trace(store, store.by_key(artifact)))
+    answer = render_answer(store, artifact)
+    click.echo(render_trace(store, store.by_key(artifact)) if answer is None else answer)
+
+
+@cli.command()
+@click.argument("what")
+@with_spec
+def recall(what: str, spec: Path, workspace: Path | None) -> None:
+    """Find every model and release that was built on a document or an artifact, and say what to do."""
+    from fmops.orchestration.recall import recall as find
+    from fmops.orchestration.recall import render_recall
+
+    click.echo(render_recall(find(open_project(spec, workspace).store, what)))
+
+
+@cli.command()
+@click.argument("release", default="champion")
+@with_spec
+def bom(release: str, spec: Path, workspace: Path | None) -> None:
+    """Print a release's bill of materials (CycloneDX JSON): model, data, software."""
+    from fmops.orchestration.lineage import render_bom
+
+    store = open_project(spec, workspace).store
+    click.echo(render_bom(store, store.by_key(store.aliases().get(release, release))), nl=False)
+
+
+@cli.command()
+@click.argument("release", default="champion")
+@with_spec
+def sign(release: str, spec: Path, workspace: Path | None) -> None:
+    """Sign a release, for example with a new key; `fmops run` signs what it promotes."""
+    from fmops.orchestration.signatures import sign_release
+
+    store = open_project(spec, workspace).store
+    record = store.by_key(store.aliases().get(release, release))
+    store.verify(record)
+    click.echo(f"signed {record.key}: {sign_release(store, record)}")
 
 
 @cli.command()

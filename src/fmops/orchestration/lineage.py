@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fmops.errors import FmopsError
 from fmops.orchestration.provenance import (
     Difference,
     Downstream,
@@ -88,6 +89,31 @@ def render_trace(store: Store, record: Record) -> str:
     down = Tree(Text("\nand used by"))
     _add_built(down, found.built, set())
     return _text(up, down)
+
+
+def render_answer(store: Store, answer: str) -> str | None:
+    """The trace of one answer of production, followed by that of the release that gave it; None for another id."""
+    from fmops.deployment.traces import DayLog, Trace
+
+    found = DayLog(store.root / "traces", Trace).find(answer)
+    if found is None:
+        return None
+    shown = found.model_dump(exclude_none=True, exclude={"signals"}) | flatten({"signals": found.signals})
+    record = store.by_key(found.release.rpartition("@")[2])
+    return f"{_text(_fields(shown))}\n\n{render_trace(store, record)}"
+
+
+def render_bom(store: Store, release: Record) -> str:
+    """CycloneDX JSON of a release and everything that it was made from.
+
+    Raises:
+        FmopsError: the artifact is no release.
+    """
+    from fmops.adapters.cyclonedx import bill_of_materials
+
+    if release.kind != "release":
+        raise FmopsError(f"{release.key} is a {release.kind}. A bill of materials is of a release.")
+    return bill_of_materials(release, trace(release, store.records()).artifacts())
 
 
 def _first_cause(found: Sequence[Difference]) -> str:

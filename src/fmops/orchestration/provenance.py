@@ -65,6 +65,11 @@ class Trace:
     inputs: tuple[Upstream, ...]
     built: tuple[Downstream, ...]
 
+    def artifacts(self) -> list[Record]:
+        """Every artifact above this one, each once."""
+        found = {item.record.key: item.record for item in _walk(self.inputs) if item.record}
+        return list(found.values())
+
     def sources(self) -> dict[str, str]:
         """Every outside source above the artifact: URI → content digest."""
         return {item.ref.ref: item.ref.digest for item in _walk(self.inputs) if item.ref.kind == "source"}

@@ -21,6 +21,7 @@ from fmops.orchestration.events import EventLog, View
 from fmops.orchestration.launch import launch_local
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
+from fmops.orchestration.signatures import sign_release
 from fmops.orchestration.summary import summarise
 from fmops.store import Record, Store, discard_work, utc_now, write_atomically
 
@@ -173,6 +174,7 @@ def _promote(project: Project, steps: Mapping[str, Step], *, expected: str | Non
     if release is None or expected == release.key:
         return expected
     fault_site("run-before-promote")
+    sign_release(project.store, release)
     targets = {"champion": release.key, **({"previous": expected} if expected else {})}
     project.store.move_aliases(targets, expected={"champion": expected}, why=why)
     from fmops.adapters.mlflow import mirror_release

@@ -129,11 +129,14 @@ _STATES = {"started": "interrupted", "finished": "done", "cached": "cached", "fa
 
 
 def find_release(project: Project, key: str) -> tuple[Record, Release]:
-    """The release behind an alias or a key.
+    """The release behind an alias or a key, its signature verified.
 
     Raises:
         FmopsError: no such release; says how to get one.
+        IntegrityError: it is unsigned, signed with another key, or not what was signed.
     """
+    from fmops.orchestration.signatures import check_release
+
     aliases = project.store.aliases()
     if key == "champion" and "champion" not in aliases:
         raise FmopsError(f"no champion in {project.store.root}: nothing was released yet. Run `fmops run` first.")
@@ -141,6 +144,7 @@ def find_release(project: Project, key: str) -> tuple[Record, Release]:
     artifact = project.store.load(record)
     if not isinstance(artifact, Release):
         raise FmopsError(f"{record.key} is a {record.kind}, no release. Only a release can be served.")
+    check_release(project.store, record)
     return record, artifact
 
 

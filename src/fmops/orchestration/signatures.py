@@ -1,0 +1,44 @@
+"""Who vouches for a release: the workspace's key, or the one that the environment names.
+
+Enters: a store, a release's record. Leaves: a signature beside the artifacts, or the proof that there is a good one.
+Refuses: what `adapters.signing` refuses.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fmops.store import Record, Store
+
+PRIVATE_KEY, PUBLIC_KEY = "FMOPS_SIGNING_KEY", "FMOPS_VERIFY_KEY"
+"""Environment variables: paths of keys in PEM form that are kept apart from the workspace."""
+
+
+def signature_path(store: Store, record: Record) -> Path:
+    """Where a release's signature lies: outside the artifact, since no two signatures are equal."""
+    return store.root / "signatures" / f"{record.key}.sig"
+
+
+def sign_release(store: Store, record: Record) -> Path:
+    """Sign a release with `$FMOPS_SIGNING_KEY`, else with the workspace's own key, made at first use."""
+    from fmops.adapters.signing import make_keys, sign_folder
+
+    stated = os.environ.get(PRIVATE_KEY)
+    private = Path(stated) if stated else make_keys(store.root / "keys")[0]
+    signature = signature_path(store, record)
+    sign_folder(store.folder(record.stage, record.fingerprint), signature, private_key=private)
+    return signature
+
+
+def check_release(store: Store, record: Record) -> None:
+    """Verify a release against `$FMOPS_VERIFY_KEY`, else against the workspace's own public key.
+
+    Raises:
+        IntegrityError: unsigned, signed by another key, or changed since.
+    """
+    from fmops.adapters.signing import PUBLIC, verify_folder
+
+    stated = os.environ.get(PUBLIC_KEY)
+    public = Path(stated) if stated else store.root / "keys" / PUBLIC
+    verify_folder(store.folder(record.stage, record.fingerprint), signature_path(store, record), public_key=public)
