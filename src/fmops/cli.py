@@ -225,6 +225,19 @@ def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, wo
 
 
 @cli.command()
+@click.argument("action", type=click.Choice(["start", "status", "look", "promote", "hold", "resume", "rollback"]))
+@click.option("--release", "key", help="What to roll out, with `start`. Default: the newest release.")
+@click.option("--why", default="", help="Remembered with a person's order.")
+@with_spec
+def rollout(action: str, key: str | None, why: str, spec: Path, workspace: Path | None) -> None:
+    """Move traffic to a release step by step, with stated error rates; `look` decides once (for cron)."""
+    from fmops.deployment.rollout.command import run_action
+
+    project = open_project(spec, workspace)
+    click.echo(run_action(project.store, project.spec.rollout, action, key=key, why=why))
+
+
+@cli.command()
 @click.argument("name")
 @click.option("--fingerprint", help="Refuse to make anything else; a launcher sets it.")
 @with_spec

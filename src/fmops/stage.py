@@ -61,7 +61,7 @@ STAGES: dict[str, Stage] = {
         Stage("align", "fmops.finetuning.align:align", Checkpoint),
         Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport),
         Stage("gate", "fmops.evaluation.gate:gate", GateDecision),
-        Stage("release", "fmops.deployment.release:release", Release),
+        Stage("release", "fmops.deployment.release:release", Release, version=2),
     )
 }
 

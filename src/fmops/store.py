@@ -216,12 +216,24 @@ class Store:
                         f"alias {alias!r} points at {now.get(alias) or 'nothing'}, expected {seen or 'nothing'}: "
                         f"somebody moved it meanwhile. Look with `fmops status`, then try again."
                     )
-            stamp = utc_now()
-            with (self.root / "aliases.jsonl").open("a") as log:
-                for alias, after in targets.items():
-                    move = AliasMove(alias=alias, before=now.get(alias), after=after, why=why, moved=stamp)
-                    log.write(move.model_dump_json() + "\n")
+            self._log_moves(targets, now=now, why=why)
+            fault_site("aliases-between-log-and-file")
             write_atomically(self.root / "aliases.json", json.dumps({**now, **targets}, indent=1) + "\n")
+
+    def _log_moves(self, targets: Mapping[str, str], *, now: Mapping[str, str], why: str) -> None:
+        """Append the moves; those that a killed process logged, but did not make, stand there already."""
+        path, stamp = self.root / "aliases.jsonl", utc_now()
+        lines = path.read_text().splitlines() if path.is_file() else []
+        # A power cut may have torn the last line.
+        moves = [AliasMove.model_validate_json(line) for line in lines if line.endswith("}")]
+        logged = {move.alias: (move.before, move.after) for move in moves}
+        with path.open("a") as log:
+            for alias, after in targets.items():
+                move = AliasMove(alias=alias, before=now.get(alias), after=after, why=why, moved=stamp)
+                if logged.get(alias) != (move.before, move.after):
+                    log.write(move.model_dump_json() + "\n")
+            log.flush()
+            os.fsync(log.fileno())
 
     @staticmethod
     def _read(folder: Path) -> Record | None:

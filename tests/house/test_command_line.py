@@ -27,6 +27,7 @@ INTERFACE = {
     "ui": ("--port", *SPEC),
     "serve": ("--host", "--port", "--release", *SPEC),
     "chat": ("--url", "--system", "--prompt", *SPEC),
+    "rollout": ("action", "--release", "--why", *SPEC),
     "stage": ("name", "--fingerprint", *SPEC),
     "schema": (),
 }

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from fmops.artifacts import Frozen, Parity
 from fmops.deployment.serving.engine import Engine, Generation, Message, Token, generate_all, load_engine
 
@@ -62,6 +64,7 @@ class Probe(Frozen):
     template_equal: bool
     greedy_equal: bool
     logprob_difference: float
+    answer: str = Field("", description="The server's greedy answer: golden, to be repeated before and in production.")
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def _judge(trainer: Reference, served: _Served, ends: frozenset[int]) -> Probe:
         template_equal=template_equal,
         greedy_equal=complete and all(step.best - step.logprob <= TOLERANCE for step in steps),
         logprob_difference=_difference(served.answer, steps),
+        answer="".join(token.text for token in served.answer),
     )
 
 

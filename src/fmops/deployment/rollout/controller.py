@@ -1,0 +1,222 @@
+"""The rollout on disk: one look reads new traces, decides, remembers, and makes the world agree.
+
+Enters: a workspace, the time, perhaps a person's order. Leaves: `rollout.json` (one file, so that evidence, state and
+cursor can never disagree), traffic and aliases as the state wants them. Refuses: a second rollout beside a running one.
+Killed at any point it is simply called again: decisions are saved before they are acted on, and acts are idempotent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from pydantic import Field, ValidationError
+
+from fmops.artifacts import Frozen, Release
+from fmops.deployment.rollout.checks import Ask, before_traffic, engine_at
+from fmops.deployment.rollout.evidence import Evidence, observe
+from fmops.deployment.rollout.machine import (
+    ENDED,
+    Action,
+    MoveChampion,
+    Order,
+    RolloutConflict,
+    State,
+    advance,
+    detectable,
+    wanted,
+)
+from fmops.deployment.rollout.traffic import LocalTraffic, Traffic
+from fmops.deployment.traces import Cursor, DayLog, Trace
+from fmops.errors import FmopsError
+from fmops.faults import fault_site
+from fmops.lifecycle import Rollout
+from fmops.locks import locked
+from fmops.store import Store, write_atomically
+
+FILE = "rollout.json"
+LOCK = "rollout.lock"
+TRACES = "traces"
+
+
+class Event(Frozen):
+    """One change of a rollout, for people."""
+
+    at_s: float
+    phase: str
+    share: float
+    reason: str
+    detectable: dict[str, float] = Field(
+        default={}, description="Smallest rise of each signal that the step which begins here finds with 80 % power."
+    )
+
+
+class Saved(Frozen):
+    """Everything that a rollout remembers."""
+
+    policy: Rollout
+    state: State
+    evidence: Evidence
+    cursor: Cursor = Cursor()
+    refused: tuple[str, ...] | None = None
+    events: tuple[Event, ...] = ()
+
+
+class Controller:
+    """One workspace's rollout."""
+
+    def __init__(
+        self, store: Store, *, traffic: Traffic | None = None, engine: Callable[[str], Ask] = engine_at,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._store, self._engine, self._clock = store, engine, clock
+        self._traffic: Traffic = traffic or LocalTraffic(store.root)
+        self._traces = DayLog(store.root / TRACES, Trace)
+
+    def start(self, challenger: str, policy: Rollout) -> Saved:
+        """Begin to roll out a release; traffic follows only after its checks.
+
+        Raises:
+            RolloutConflict: another rollout is under way.
+            FmopsError: there is no champion to compare with, the challenger is it, or is no release.
+        """
+        with self._locked():
+            saved = self.read()
+            if saved and not saved.state.settled:
+                raise RolloutConflict(
+                    f"rollout {saved.state.id} of {saved.state.challenger} is {saved.state.phase}. "
+                    "Wait until it ends, or `fmops rollout rollback`."
+                )
+            record = self._store.by_key(challenger)
+            champion = self._store.aliases().get("champion")
+            if record.kind != Release.kind:
+                raise FmopsError(f"{record.key} is no release, but a {record.kind}. Name one of stage release.")
+            if champion is None:
+                raise FmopsError("there is no champion to compare with. The first release serves at once: `fmops up`.")
+            if champion == record.key:
+                raise FmopsError(f"{record.key} is the champion already; there is nothing to roll out.")
+            now = self._clock()
+            # What was written before belongs to other rollouts.
+            _, cursor = self._traces.read()
+            saved = Saved(
+                policy=policy,
+                state=State(
+                    id=time.strftime("rollout-%Y%m%d-%H%M%S", time.gmtime(now)),
+                    champion=champion, challenger=record.key, started_s=now, entered_s=now,
+                ),
+                evidence=Evidence.none_yet(champion, record.key, policy.margins),
+                cursor=cursor,
+            )  # fmt: skip
+            return self._settle(self._save(_noted(saved, now)))
+
+    def look(self, order: Order | None = None, *, why: str = "") -> Saved | None:
+        """Read what is new, decide, act. None when there has never been a rollout.
+
+        Raises:
+            RolloutConflict: the order does not fit.
+        """
+        with self._locked():
+            saved = self.read()
+            if saved is None:
+                if order:
+                    raise RolloutConflict(f"there is no rollout to {order}. Begin with `fmops rollout start`.")
+                return None
+            traces, cursor = self._traces.read(saved.cursor)
+            evidence = observe(saved.evidence, traces)
+            refused = saved.refused
+            if refused is None and saved.state.phase == "checking" and order is None:
+                refused = self._check(saved.state.challenger)
+            now = self._clock()
+            state, _ = advance(saved.state, evidence, saved.policy, now, refused=refused, order=order)
+            if state != saved.state and why:
+                state = state.model_copy(update={"reason": f"{state.reason}: {why}"})
+            share = _share(state, saved.policy)
+            if share != (evidence.shares[-1][1] if evidence.shares else 0.0):
+                evidence = evidence.share_changed(now, share)
+            after = saved.model_copy(
+                update={"state": state, "evidence": evidence, "cursor": cursor, "refused": refused}
+            )
+            if (state.phase, state.step) != (saved.state.phase, saved.state.step):
+                after = _noted(after, now)
+            fault_site("rollout-before-save")
+            return self._settle(self._save(after))
+
+    def read(self) -> Saved | None:
+        """The rollout as it was last saved."""
+        path = self._store.root / FILE
+        if not path.is_file():
+            return None
+        try:
+            return Saved.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise FmopsError(
+                f"{path} is no rollout: {'.'.join(map(str, first['loc']))}: {first['msg']}. Move it away; the champion "
+                "goes on serving, and `fmops rollout start` begins anew."
+            ) from None
+
+    def _check(self, challenger: str) -> tuple[str, ...] | None:
+        """Reasons against the challenger; None while its engine is not up."""
+        url = self._traffic.url(challenger)
+        if url is None:
+            return None
+        record = self._store.by_key(challenger)
+        release = self._store.load(record)
+        assert isinstance(release, Release)
+        return before_traffic(release, {n: entry.sha256 for n, entry in record.files.items()}, self._engine(url))
+
+    def _settle(self, saved: Saved) -> Saved:
+        """Make the world agree; called again after a kill it finds what is done."""
+        if saved.state.settled:
+            return saved
+        for action in wanted(saved.state, saved.policy):
+            try:
+                self._act(action)
+            except RolloutConflict as error:
+                state = saved.state.model_copy(update={"phase": "rolled back", "reason": str(error)})
+                return self._settle(self._save(_noted(saved.model_copy(update={"state": state}), self._clock())))
+            fault_site("rollout-between-acts")
+        if saved.state.phase not in ENDED:
+            return saved
+        settled = saved.model_copy(update={"state": saved.state.model_copy(update={"settled": True})})
+        write_atomically(self._store.root / "rollouts" / f"{settled.state.id}.json", settled.model_dump_json() + "\n")
+        fault_site("rollout-before-settled")
+        return self._save(settled)
+
+    def _act(self, action: Action) -> None:
+        if not isinstance(action, MoveChampion):
+            self._traffic.set(action)
+            return
+        now = self._store.aliases().get("champion")
+        if now == action.after:
+            return
+        if now != action.before:
+            raise RolloutConflict(
+                f"champion is {now}, not {action.before} with which the challenger was compared; it is not promoted"
+            )
+        targets = {"champion": action.after, "previous": action.before}
+        self._store.move_aliases(targets, expected={"champion": action.before}, why=action.why)
+
+    def _save(self, saved: Saved) -> Saved:
+        write_atomically(self._store.root / FILE, saved.model_dump_json() + "\n")
+        fault_site("rollout-after-save")
+        return saved
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self._store.root / LOCK, wait_s=10)
+
+
+def _share(state: State, policy: Rollout) -> float:
+    active = state.held_from if state.phase == "held" else state.phase
+    return policy.steps[state.step] if active == "canary" else 0.0
+
+
+def _noted(saved: Saved, now: float) -> Saved:
+    state = saved.state
+    found = detectable(saved.evidence, saved.policy, state.step) if state.phase == "canary" else {}
+    event = Event(
+        at_s=now, phase=state.phase, share=_share(state, saved.policy), reason=state.reason,
+        detectable={name: harm for name, harm in found.items() if harm < 1},
+    )  # fmt: skip
+    return saved.model_copy(update={"events": (*saved.events, event)})
