@@ -19,7 +19,7 @@ from fmops.deployment.serving.gateway.keys import KeyRing
 from fmops.deployment.serving.gateway.process import by_port
 from fmops.deployment.serving.routes import Routes, RoutesFile, Target
 from fmops.deployment.serving.server import address, bind
-from fmops.deployment.traces import Trace
+from fmops.traces import Trace
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 

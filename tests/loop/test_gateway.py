@@ -69,6 +69,7 @@ def test_every_answer_leaves_a_trace(door, stream):
     assert (trace.tenant, trace.arm, trace.release, trace.status) == ("team-a", "champion", "release-old", 200)
     assert (trace.prompt, trace.response, trace.finish_reason) == ("hello", "release-old xxx", "stop")
     assert (trace.prompt_tokens, trace.completion_tokens, trace.mean_log_probability) == (7, 4, -0.5)
+    assert (trace.signals["empty"], trace.signals["truncated"]) == (0, 0)
     assert 0 < trace.first_token_s <= trace.duration_s
     assert trace.user
     assert "anna" not in trace.user
@@ -469,6 +470,6 @@ def test_a_disk_that_fails_costs_the_trace_not_the_answer(door, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fmops.deployment.traces.os.write", full)
+    monkeypatch.setattr("fmops.traces.os.write", full)
     assert door.client.post(CHAT, json=HELLO).status_code == 200
     until(lambda: "fmops_traces_lost_total 1.0" in httpx.get(f"{door.admin}/metrics").text)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from fmops.adapters.signing import make_keys
-from fmops.deployment.traces import DayLog, Trace
+from fmops.traces import DayLog, Trace
 from fmops.errors import FmopsError, IntegrityError
 from fmops.orchestration.lineage import render_answer, render_bom
 from fmops.orchestration.recall import recall, render_recall

@@ -93,7 +93,7 @@ def render_trace(store: Store, record: Record) -> str:
 
 def render_answer(store: Store, answer: str) -> str | None:
     """The trace of one answer of production, followed by that of the release that gave it; None for another id."""
-    from fmops.deployment.traces import DayLog, Trace
+    from fmops.traces import DayLog, Trace
 
     found = DayLog(store.root / "traces", Trace).find(answer)
     if found is None:

@@ -28,7 +28,8 @@ from fmops.deployment.rollout.machine import (
     wanted,
 )
 from fmops.deployment.rollout.traffic import LocalTraffic, Traffic
-from fmops.deployment.traces import Cursor, DayLog, Trace
+from fmops.deployment.serving.server import workspace_secret
+from fmops.traces import Cursor, DayLog, Trace
 from fmops.errors import FmopsError
 from fmops.faults import fault_site
 from fmops.lifecycle import Rollout
@@ -67,10 +68,11 @@ class Controller:
     """One workspace's rollout."""
 
     def __init__(
-        self, store: Store, *, traffic: Traffic | None = None, engine: Callable[[str], Ask] = engine_at,
+        self, store: Store, *, traffic: Traffic | None = None, engine: Callable[[str], Ask] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._store, self._engine, self._clock = store, engine, clock
+        self._store, self._clock = store, clock
+        self._engine = engine or (lambda url: engine_at(url, secret=workspace_secret(store.root)))
         self._traffic: Traffic = traffic or LocalTraffic(store.root)
         self._traces = DayLog(store.root / TRACES, Trace)
 

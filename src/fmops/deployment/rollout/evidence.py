@@ -15,12 +15,15 @@ from pydantic import Field
 from fmops.artifacts import Frozen
 from fmops.deployment.evalues import Betting, Count, RareEvents, TwoStreams, log_mean, quantile_ranks
 from fmops.deployment.monitoring.signals import BINARY
-from fmops.deployment.traces import Trace
+from fmops.traces import Trace
 
 SIGNALS = ("failed", *BINARY)
 REQUIRED = ("failed", "empty", "truncated", "repeated", "refused")
 """Promotion needs evidence on these in any case, and on every other signal that the champion shows."""
-MARGINS = {"truncated": 0.05, "repeated": 0.03, "refused": 0.05, "invalid_json": 0.05, "wrong_language": 0.03}
+MARGINS = {
+    "truncated": 0.05, "repeated": 0.03, "refused": 0.05, "invalid_json": 0.05, "wrong_language": 0.03, "secret": 0.01,
+    "personal_data": 0.01,
+}  # fmt: skip
 DEFAULT_MARGIN = 0.02
 SHOWN = 50
 """A signal that so many of the champion's answers carry must be proven for the challenger, too."""

@@ -19,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from fmops.deployment.serving.bodies import ChatBody, RequestError
 from fmops.deployment.serving.gateway.desk import Desk, Job, Place
-from fmops.deployment.serving.gateway.tracing import Exchange, last_user_text
+from fmops.deployment.serving.gateway.tracing import Exchange, last_user_text, system_text
 from fmops.deployment.serving.gateway.upstream import EngineDown, Reply
 from fmops.deployment.serving.routes import Target, draw
 from fmops.deployment.serving.wire import DONE, GONE, error_response, event
-from fmops.deployment.traces import Arm
+from fmops.traces import Arm
 
 USAGE = b'"choices":[]'
 """Marks the event that carries the token counts; inside a text the quotation marks would be escaped."""
@@ -194,7 +194,8 @@ class Answering(Response):
         since = desk.clock() - job.arrived
         return Exchange(
             id=f"{PREFIXES[job.operation]}-{request_id}", operation=job.operation, tenant=job.tenant, user=job.user,
-            prompt=last_user_text(job.body), arm=arm, release=target.release if target else "none",
+            prompt=last_user_text(job.body), system=system_text(job.body), arm=arm,
+            release=target.release if target else "none",
             started_s=time.time() - since, started=job.arrived, retry_of=retry_of, shadow_of=shadow_of,
         )  # fmt: skip
 

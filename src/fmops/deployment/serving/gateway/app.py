@@ -22,7 +22,7 @@ from fmops.deployment.serving.gateway.answering import Answering
 from fmops.deployment.serving.gateway.desk import Desk, Job
 from fmops.deployment.serving.gateway.tracing import Operation, identity, kept
 from fmops.deployment.serving.wire import GONE, error_response, read_json
-from fmops.deployment.traces import Feedback
+from fmops.traces import Feedback
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""

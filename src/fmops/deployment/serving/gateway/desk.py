@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fmops.deployment.monitoring.signals import measure
 from fmops.deployment.serving.bodies import ChatBody, CompletionBody, RequestError
 from fmops.deployment.serving.gateway.budget import Budgets, Loan
 from fmops.deployment.serving.gateway.keys import KEYS, KeyRing
@@ -21,7 +22,7 @@ from fmops.deployment.serving.gateway.metrics import GatewayMetrics
 from fmops.deployment.serving.gateway.tracing import Exchange, Measure, Operation
 from fmops.deployment.serving.gateway.upstream import Upstream
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
-from fmops.deployment.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
+from fmops.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
 
 REMEMBERED_ANSWERS = 10_000
 """Whose answer it was is looked up in memory for so many; older ones are read from the traces."""
@@ -75,11 +76,6 @@ class Place:
             self.desk.leave(self.tenant)
 
 
-def no_signals(prompt: str, response: str, *, finish_reason: str | None, wants_json: bool) -> dict[str, float]:
-    """Where no monitor measures answers."""
-    return {}
-
-
 class Desk:
     """The gateway's state. Lives on one event loop."""
 
@@ -87,7 +83,7 @@ class Desk:
 
     def __init__(
         self, workspace: Path, *, secret: str, limits: Limits | None = None, per_user: bool = False,
-        measure: Measure = no_signals, clock: Callable[[], float] = time.monotonic,
+        measure: Measure = measure, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.limits, self.secret, self.per_user = limits or Limits(), secret, per_user
         self.clock, self._measure = clock, measure

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from fmops.deployment.serving.metrics import DURATION_S, FIRST_TOKEN_S, PER_TOKEN_S
-from fmops.deployment.traces import Trace
+from fmops.traces import Trace
 
 
 class GatewayMetrics:

@@ -6,20 +6,14 @@ Refuses: a port that is taken.
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fmops.deployment.serving.gateway.app import build_admin, build_gateway
 from fmops.deployment.serving.gateway.desk import Desk, Limits
-from fmops.deployment.serving.server import bind, run_server
+from fmops.deployment.serving.server import bind, run_server, workspace_secret
 from fmops.lifecycle import Serve
-from fmops.locks import locked
-from fmops.store import write_atomically
-
-SECRET = "gateway.secret"
-"""In the workspace, readable by its owner only: engines want it, cache salts and digests of users are keyed by it."""
 
 
 def run_gateway(workspace: Path, config: Serve, *, name: str) -> None:
@@ -48,12 +42,3 @@ def by_port(public: ASGIApp, *, admin: ASGIApp, port: int) -> ASGIApp:
         await (public if scope["server"][1] == port else admin)(scope, receive, send)
 
     return app
-
-
-def workspace_secret(workspace: Path) -> str:
-    """The secret that engines and gateway of a workspace share; made when first asked for."""
-    path = workspace / SECRET
-    with locked(workspace / f"{SECRET}.lock", wait_s=10):
-        if not path.is_file():
-            write_atomically(path, secrets.token_urlsafe(32) + "\n", mode=0o600)
-    return path.read_text().strip()

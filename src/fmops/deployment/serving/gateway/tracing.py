@@ -7,13 +7,13 @@ Refuses: nothing; an answer it cannot read is traced as an error.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
 
 from fmops.deployment.serving.bodies import ChatBody, CompletionBody
-from fmops.deployment.traces import Arm, Trace
+from fmops.traces import Arm, Trace
 from fmops.redaction import redact
 
 KEPT_CHARACTERS = 4_000
@@ -22,7 +22,7 @@ MARGIN = 2_000
 
 Operation = Literal["chat", "text_completion"]
 Measure = Callable[..., dict[str, float]]
-"""`measure(prompt, response, *, finish_reason, wants_json)`."""
+"""As `fmops.deployment.monitoring.signals.measure`."""
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Exchange:
     prompt: str
     arm: Arm
     release: str
+    system: str
+    """The system prompt; compared with the answer, not kept."""
     started_s: float
     """Unix time."""
     started: float
@@ -57,10 +59,12 @@ class Exchange:
             answer = Answer()
             self.error = self.error or f"the engine's answer cannot be read: {error!r}"
         finish = "cancelled" if self.cancelled else "error" if self.error else answer.finish_reason
-        prompt, response = kept(self.prompt), kept(answer.text)
+        prompt, (response, found) = kept(self.prompt), _redacted(answer.text)
         signals = {}
         if self.status == 200 and not self.cancelled:
-            signals = measure(prompt, response, finish_reason=finish, wants_json=False)
+            signals = measure(
+                prompt, response, finish_reason=finish, wants_json=False, system=self.system, found=found
+            )  # fmt: skip
         return Trace(
             id=self.id, started_s=self.started_s, tenant=self.tenant, user=self.user, arm=self.arm,
             release=self.release, shadow_of=self.shadow_of, retry_of=self.retry_of, operation=self.operation,
@@ -114,6 +118,13 @@ def last_user_text(body: ChatBody | CompletionBody) -> str:
     return body.prompt if isinstance(body.prompt, str) else ""
 
 
+def system_text(body: ChatBody | CompletionBody) -> str:
+    """The system prompt of a chat."""
+    if isinstance(body, ChatBody):
+        return "\n".join(turn.text for turn in body.messages if turn.role in ("system", "developer"))
+    return ""
+
+
 def identity(secret: str, tenant: str, user: object) -> str | None:
     """Keyed digest of the client's `user` field: tells people of one tenant apart; nobody can try names on it."""
     if not isinstance(user, str) or not user:
@@ -124,4 +135,9 @@ def identity(secret: str, tenant: str, user: object) -> str | None:
 
 def kept(text: str) -> str:
     """Redacted, and cut to what is kept."""
-    return redact(text[: KEPT_CHARACTERS + MARGIN])[0][:KEPT_CHARACTERS]
+    return _redacted(text)[0]
+
+
+def _redacted(text: str) -> tuple[str, Mapping[str, int]]:
+    clean, found = redact(text[: KEPT_CHARACTERS + MARGIN])
+    return clean[:KEPT_CHARACTERS], found
