@@ -16,6 +16,7 @@ from fmops import __version__
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, FmopsError, disk_is_full, nearest
 
 if TYPE_CHECKING:
+    from fmops.deployment.serving.gateway.keys import KeyRing
     from fmops.orchestration.project import Project
 
 
@@ -191,10 +192,14 @@ def ui(port: int, spec: Path, workspace: Path | None) -> None:
 @click.option("--host", help="Default: serve.host of the spec.")
 @click.option("--port", type=int, help="Default: serve.port of the spec; 0 takes a free one.")
 @click.option("--release", "key", default="champion", show_default=True, help="An alias or an artifact.")
+@click.option("--for-gateway", is_flag=True, help="Answer the gateway of this workspace only.")
 @with_spec
-def serve(host: str | None, port: int | None, key: str, spec: Path, workspace: Path | None) -> None:
+def serve(
+    host: str | None, port: int | None, key: str, for_gateway: bool, spec: Path, workspace: Path | None
+) -> None:  # fmt: skip
     """Serve the champion behind an OpenAI-compatible endpoint."""
     from fmops.deployment.serving.app import serve as serve_release
+    from fmops.deployment.serving.server import workspace_secret
     from fmops.orchestration.show import find_release
 
     project = open_project(spec, workspace)
@@ -205,8 +210,85 @@ def serve(host: str | None, port: int | None, key: str, spec: Path, workspace: P
         project.spec.serve.model_copy(update=changes),
         files={name: entry.sha256 for name, entry in record.files.items()},
         threads=project.threads,
-        version=f"{release.name}@{record.fingerprint[:12]}",
+        version=record.key,
+        secret=workspace_secret(project.store.root) if for_gateway else None,
     )
+
+
+@cli.command()
+@click.option("--foreground", is_flag=True, help="Stay, and write what happens to the terminal.")
+@with_spec
+def up(foreground: bool, spec: Path, workspace: Path | None) -> None:
+    """Start gateway and engines on this machine, supervised; goes on from where a crash or a reboot left it."""
+    from fmops.orchestration.up import supervise
+    from fmops.orchestration.up import up as start
+
+    (supervise if foreground else start)(open_project(spec, workspace))
+
+
+@cli.command()
+@with_spec
+def down(spec: Path, workspace: Path | None) -> None:
+    """End what `fmops up` started; running answers may finish."""
+    from fmops.orchestration.up import down as end
+
+    end(open_project(spec, workspace))
+
+
+@cli.command()
+@with_spec
+def gateway(spec: Path, workspace: Path | None) -> None:
+    """Run the gateway alone, in this terminal (`fmops up` calls this)."""
+    from fmops.deployment.serving.gateway.process import run_gateway
+
+    project = open_project(spec, workspace)
+    run_gateway(project.store.root, project.spec.serve, name=project.spec.name)
+
+
+@cli.group()
+def keys() -> None:
+    """API keys of the gateway: who may ask, and how much."""
+
+
+@keys.command("add")
+@click.argument("tenant")
+@click.option("--tokens-per-minute", type=click.IntRange(min=1), help="Default: serve.tokens_per_minute of the spec.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Valid for so many days. Default: for ever.")
+@with_spec
+def add_key(
+    tenant: str, tokens_per_minute: int | None, days: float | None, spec: Path, workspace: Path | None
+) -> None:  # fmt: skip
+    """Make a key for a tenant and print it, once: only its digest is kept."""
+    key, secret = open_keys(spec, workspace).add(tenant, tokens_per_minute=tokens_per_minute, days=days)
+    click.echo(secret)
+    click.echo(f"key {key.id} of {key.tenant}: it is shown this once", err=True)
+
+
+@keys.command("revoke")
+@click.argument("id")
+@with_spec
+def revoke_key(id: str, spec: Path, workspace: Path | None) -> None:
+    """End a key now."""
+    key = open_keys(spec, workspace).revoke(id)
+    click.echo(f"revoked {key.id} of {key.tenant}")
+
+
+@keys.command("list")
+@with_spec
+def list_keys(spec: Path, workspace: Path | None) -> None:
+    """Show the keys, without their secrets."""
+    import time
+
+    for key in open_keys(spec, workspace).keys().values():
+        budget = f"{key.tokens_per_minute:,} tokens a minute" if key.tokens_per_minute else "the spec's budget"
+        click.echo(f"{key.id}  {key.tenant:20} {key.state(time.time()):8} {budget}")
+
+
+def open_keys(spec: Path, workspace: Path | None) -> KeyRing:
+    """The keys of a spec's workspace."""
+    from fmops.deployment.serving.gateway.keys import KEYS, KeyRing
+
+    return KeyRing(open_project(spec, workspace).store.root / KEYS)
 
 
 @cli.command()
@@ -217,11 +299,13 @@ def serve(host: str | None, port: int | None, key: str, spec: Path, workspace: P
 def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, workspace: Path | None) -> None:
     """Talk to the served model in the terminal."""
     from fmops.deployment.serving.chat import chat as talk
+    from fmops.deployment.serving.chat import own_key
 
+    root = None
     if url is None:
-        serving = open_project(spec, workspace).spec.serve
-        url = f"http://{serving.host}:{serving.port}"
-    talk(url, system=system, prompt=prompt)
+        project = open_project(spec, workspace)
+        url, root = f"http://{project.spec.serve.host}:{project.spec.serve.port}", project.store.root
+    talk(url, system=system, prompt=prompt, key=own_key(root))
 
 
 @cli.command()

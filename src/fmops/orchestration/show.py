@@ -107,6 +107,10 @@ def render_status(project: Project) -> str:
     if held:
         lines.append(f"running: {held}")
     lines += [f"{alias}: {key}" for alias, key in sorted(store.aliases().items())]
+    if (store.root / "up").is_dir():
+        from fmops.orchestration.up import serving
+
+        lines += serving(store.root)
     runs = sorted(folder for folder in store.runs.glob("*") if folder.is_dir()) if store.runs.is_dir() else []
     if not runs:
         return "\n".join([*lines, "no run yet: `fmops run` starts one"])

@@ -7,7 +7,6 @@ Refuses: a release that is not certified, and every malformed request, in the sh
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -34,14 +33,17 @@ from fmops.lifecycle import Serve
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions; a chat may use what the context leaves."""
 
-ENGINE_KEY = "FMOPS_ENGINE_KEY"
 REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def serve(release: Release, config: Serve, *, files: Mapping[str, str], threads: int, version: str) -> None:
+def serve(
+    release: Release, config: Serve, *, files: Mapping[str, str], threads: int, version: str, secret: str | None = None
+) -> None:
     """Serve a release until SIGTERM or SIGINT; `files` are its SHA-256 digests from the record.
+
+    With a `secret` only who bears it is answered: `fmops up` lets the gateway in, and nobody round it.
 
     Raises:
         IntegrityError: the folder is not what the record says, or parity is missing or failed.
@@ -60,7 +62,7 @@ def serve(release: Release, config: Serve, *, files: Mapping[str, str], threads:
 
     def build() -> tuple[Service, Starlette]:
         service = Service(loaded, version=version)
-        return service, build_app(service, name=release.name)
+        return service, build_app(service, name=release.name, secret=secret)
 
     try:
         run_server(build, [listener])
@@ -68,12 +70,9 @@ def serve(release: Release, config: Serve, *, files: Mapping[str, str], threads:
         loaded.close()
 
 
-def build_app(service: Service, *, name: str) -> Starlette:
-    """The routes, for a service; `name` is the model's name in the API.
-
-    With ENGINE_KEY in the environment every route but /health wants that key: `fmops up` lets only its gateway in.
-    """
-    api = _Api(service, name, os.environ.get(ENGINE_KEY))
+def build_app(service: Service, *, name: str, secret: str | None = None) -> Starlette:
+    """The routes, for a service; `name` is the model's name in the API. All but /health want the `secret`, if any."""
+    api = _Api(service, name, secret)
     routes = [
         Route("/v1/chat/completions", api.guarded(api.chat, "chat"), methods=["POST"]),
         Route("/v1/completions", api.guarded(api.complete, "completions"), methods=["POST"]),
@@ -102,15 +101,15 @@ class _EventStream(StreamingResponse):
 class _Api:
     """The handlers of one service."""
 
-    def __init__(self, service: Service, name: str, key: str | None) -> None:
-        self._service, self._name, self._key = service, name, key
+    def __init__(self, service: Service, name: str, secret: str | None) -> None:
+        self._service, self._name, self._secret = service, name, secret
 
     def guarded(self, handler: Handler, route: str) -> Handler:
         """Answer mistakes in OpenAI's shape, count the request, and say which release answered."""
 
         async def handle(request: Request) -> Response:
             try:
-                if self._key and route != "health" and not bears(request, self._key):
+                if self._secret and route != "health" and not bears(request, self._secret):
                     raise RequestError("this engine answers its gateway only", code="invalid_api_key", status=401)
                 response = await handler(request)
             except RequestError as error:

@@ -7,8 +7,10 @@ Refuses: to start without a server; the error says how to start one.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +20,8 @@ from fmops.errors import EXIT_FAILED, FmopsError
 HELP = "Ctrl-C stops an answer, Ctrl-D ends, /reset starts over."
 TEMPERATURE, TOP_P = 0.2, 0.9
 """Small models lose the thread at OpenAI's default of 1; these are what SmolLM2's authors recommend."""
+LOCAL_KEY = "local.key"
+"""In the workspace, readable by its owner only: what this shows to the gateway of this machine."""
 CONNECT_S = 5.0
 QUIET_S = 120.0
 """Longest wait for the next piece of an answer."""
@@ -31,7 +35,14 @@ class ChatFailed(FmopsError):
     exit_code = EXIT_FAILED
 
 
-def chat(url: str, *, system: str | None, prompt: str | None) -> None:
+def own_key(workspace: Path | None) -> str:
+    """The key to show: FMOPS_API_KEY, else the one that `fmops up` keeps in the workspace, else one that means none."""
+    local = workspace / LOCAL_KEY if workspace else None
+    kept = local.read_text().strip() if local and local.is_file() else "none"
+    return os.environ.get("FMOPS_API_KEY") or kept
+
+
+def chat(url: str, *, system: str | None, prompt: str | None, key: str = "none") -> None:
     """Talk to the server at `url` until Ctrl-D; with `prompt`, ask once and return.
 
     Raises:
@@ -39,7 +50,8 @@ def chat(url: str, *, system: str | None, prompt: str | None) -> None:
     """
     base = url.rstrip("/").removesuffix("/v1")
     opening: Messages = [{"role": "system", "content": system}] if system else []
-    with httpx.Client(base_url=base, timeout=httpx.Timeout(QUIET_S, connect=CONNECT_S), trust_env=False) as client:
+    timeout, headers = httpx.Timeout(QUIET_S, connect=CONNECT_S), {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=base, timeout=timeout, headers=headers, trust_env=False) as client:
         model, version = _find_model(client, base)
         if prompt is not None:
             _answer(client, model, [*opening, {"role": "user", "content": prompt}])
@@ -52,11 +64,14 @@ def _find_model(client: httpx.Client, base: str) -> tuple[str, str]:
     """The served model's name, and its version for people."""
     try:
         response = client.get("/v1/models")
+        if response.status_code == 401:
+            raise ChatFailed(f"{base} wants an API key. Put one into FMOPS_API_KEY; `fmops keys add NAME` makes it.")
         response.raise_for_status()
         card: dict[str, Any] = response.json()["data"][0]
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise ChatFailed(
-            f"no model answers at {base} ({error}). Start one with `fmops serve`, or name another server with --url."
+            f"no model answers at {base} ({error}). Start one with `fmops serve` or `fmops up`, or name another server "
+            "with --url."
         ) from None
     return str(card["id"]), str(card.get("version", card["id"]))
 

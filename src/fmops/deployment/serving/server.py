@@ -7,8 +7,10 @@ Refuses: a port that is taken. On SIGTERM readiness ends first, then new work is
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -16,9 +18,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fmops.errors import FmopsError
+from fmops.locks import locked
+from fmops.store import write_atomically
 
 GRACE_S = 20.0
 """How long running answers may take after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
+SECRET = "gateway.secret"
+"""In the workspace, readable by its owner only: engines want it, cache salts and digests of users are keyed by it."""
 KEEP_ALIVE_S = 75
 """Longer than the gateway keeps an idle connection (60 s): it never writes into one that is being closed."""
 
@@ -57,6 +63,15 @@ def address(listener: socket.socket) -> str:
     """The URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def workspace_secret(workspace: Path) -> str:
+    """The secret that engines and gateway of a workspace share; made when first asked for."""
+    path = workspace / SECRET
+    with locked(workspace / f"{SECRET}.lock", wait_s=10):
+        if not path.is_file():
+            write_atomically(path, secrets.token_urlsafe(32) + "\n", mode=0o600)
+    return path.read_text().strip()
 
 
 def run_server(
