@@ -207,6 +207,48 @@ class Release(Artifact):
         return self.path / "model"
 
 
+class Alarm(Frozen):
+    """Something in production is not as it was."""
+
+    signal: str
+    kind: Literal["harm", "shift"] = Field(description="`shift` is a change that hurts nobody yet.")
+    at_s: float = Field(description="Unix time of the answer that raised it.")
+    level: float = Field(description="Of the detector; it alarms at the threshold.")
+    threshold: float = Field(description="Mean number of answers between two false alarms, at least.")
+    answers: int = Field(description="Answers since the detector began.")
+    reference: float | None = Field(None, description="The signal's rate while normal was measured.")
+    now: float | None = Field(None, description="Its rate over the latest answers.")
+    examples: tuple[str, ...] = Field(default=(), description="Traces that show it.")
+
+
+class Diagnosis(Frozen):
+    """What is most likely wrong, and which stage mends it."""
+
+    cause: str
+    stage: Literal["pretrain", "instruct", "align", "evaluate", "rollback", "alert", "none"]
+    because: tuple[str, ...] = Field(description="Facts that led here.")
+    confirm: str = Field(description="What would confirm it.")
+    refute: str = Field(description="What would refute it.")
+    examples: tuple[str, ...] = Field(default=(), description="Traces to look at.")
+    also_possible: tuple[str, ...] = Field(default=(), description="Causes that the same facts allow.")
+
+
+class DriftReport(Artifact):
+    """What monitoring knows about the release that serves: `report.json`."""
+
+    kind: ClassVar[str] = "drift"
+    release: str
+    at_s: float
+    answers: int
+    rates: dict[str, tuple[int, int]] = Field(description="Signal → events, answers, since the reference.")
+    reference: dict[str, tuple[int, int]] = Field(description="The same, while normal was measured.")
+    levels: dict[str, float] = Field(description="Of each detector, as a share of its threshold.")
+    pictures: dict[str, dict[str, float]] = Field(default={}, description="PSI and KS by measure: effect sizes only.")
+    golden: float | None = Field(None, description="Share of the golden prompts answered as certified.")
+    alarms: tuple[Alarm, ...] = ()
+    diagnosis: Diagnosis | None = None
+
+
 KINDS: dict[str, type[Artifact]] = {
     kind.kind: kind
     for kind in (Corpus, Conversations, Preferences, Benchmarks, Checkpoint, EvalReport, GateDecision, Release)
