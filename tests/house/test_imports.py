@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 PACKAGE = SOURCE / "fmops"
-ROOMS = ("data", "pretraining", "finetuning", "evaluation", "deployment")
+ROOMS = ("data", "pretraining", "finetuning", "evaluation", "deployment", "feedback")
 FRAMEWORKS = {
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "datatrove", "lm_eval", "mlflow", "dagster",
     "ray", "pyarrow", "rensa", "py3langid", "gguf", "safetensors", "tokenizers",
