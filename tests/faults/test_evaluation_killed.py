@@ -14,17 +14,16 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from fmops.artifacts import Benchmarks, Checkpoint
-from fmops.adapters import lm_eval_scorer
+from fmops.adapters import lm_eval_scorer, tree_reader
 from fmops.evaluation.evaluate import evaluate
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 
 # Small packs, so that a few items make many chunks.
 lm_eval_scorer.SharedPrefixLM.__init__.__kwdefaults__["pack_tokens"] = 64
-lm_eval_scorer.GENERATION_BATCH = 2
 scored = []
-score = lm_eval_scorer.SharedPrefixLM._score
-lm_eval_scorer.SharedPrefixLM._score = lambda self, pack: scored.append(1) or score(self, pack)
+score = tree_reader.TreeReader.score
+tree_reader.TreeReader.score = lambda self, *work: scored.append(1) or score(self, *work)
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 out.mkdir(exist_ok=True)
 evaluate(

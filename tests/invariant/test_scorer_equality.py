@@ -9,8 +9,9 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
 
-from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM
 from fmops.errors import FmopsError
 
 TOLERANCE = 1e-4
@@ -24,8 +25,9 @@ def ours(tiny_model: Path) -> SharedPrefixLM:
 
 
 @pytest.fixture(scope="module")
-def theirs(ours: SharedPrefixLM) -> HFLM:
-    return HFLM(pretrained=ours.model, tokenizer=ours.tokenizer, batch_size=4, device="cpu")
+def theirs(tiny_model: Path, ours: SharedPrefixLM) -> HFLM:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return HFLM(pretrained=model, tokenizer=ours.tokenizer, batch_size=4, device="cpu")
 
 
 def request(kind: str, *arguments) -> Instance:
@@ -47,6 +49,35 @@ def choices(seed: int, count: int = 24) -> list[Instance]:
         ]
     rng.shuffle(requests)
     return requests
+
+
+def few_shot(seed: int, *, items: int, own_examples: bool = False) -> list[list[Instance]]:
+    """Items behind five examples: the same ones for all, or each with its own. Four answers with common beginnings."""
+    rng = random.Random(seed)
+    shared = " ".join(text(rng, 12) for _ in range(5))
+    found = []
+    for _ in range(items):
+        context = (" ".join(text(rng, 12) for _ in range(5)) if own_examples else shared) + " " + text(rng, 9)
+        opening = " " + text(rng, 2)
+        found.append(
+            [request("loglikelihood", context, opening + " " + text(rng, rng.randint(1, 4))) for _ in range(4)]
+        )
+    return found
+
+
+def largest_gap(mine: list, reference: list) -> float:
+    return max(abs(a[0] - b[0]) for a, b in zip(mine, reference, strict=True))
+
+
+def tokens_read(model, run) -> int:
+    """Tokens that go through the model while `run` runs."""
+    read = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return sum(read)
 
 
 def test_every_choice_scores_as_if_it_were_alone(ours, theirs):
@@ -121,38 +152,99 @@ def test_sampling_is_refused(ours):
 
 def test_a_model_with_windows_is_read_one_request_at_a_time(ours, theirs, monkeypatch):
     monkeypatch.setattr(ours, "shares", False)
-    masks = []
+    inputs = []
     forward = ours.model.forward
-    monkeypatch.setattr(ours.model, "forward", lambda *a, **inputs: masks.append(inputs) or forward(*a, **inputs))
+    monkeypatch.setattr(ours.model, "forward", lambda *a, **given: inputs.append(given) or forward(*a, **given))
     requests = choices(7, count=3)
-    mine = ours.loglikelihood(requests)
-    assert len(masks) == len(requests)
-    assert not any("attention_mask" in inputs for inputs in masks)
-    reference = theirs.loglikelihood(requests, disable_tqdm=True)
-    assert max(abs(a[0] - b[0]) for a, b in zip(mine, reference, strict=True)) < TOLERANCE
+    assert largest_gap(ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)) < TOLERANCE
+    assert len(inputs) == len(requests)
+    assert not any("tree" in given for given in inputs)
+    prompts = [request("generate_until", text(random.Random(n), 5), {"max_gen_toks": 6}) for n in range(3)]
+    alone = ours.generate_until(prompts)
     assert ours.batch_mode == "one-by-one"
+    monkeypatch.setattr(ours, "shares", True)
+    assert ours.generate_until(prompts) == alone
 
 
-def test_each_context_is_read_once(ours, theirs, monkeypatch):
-    read = []
-    forward = ours.model.forward
+@pytest.mark.parametrize("own_examples", [False, True])
+def test_few_shot_items_score_as_the_reference_scores_them(ours, theirs, own_examples):
+    requests = [each for item in few_shot(10, items=12, own_examples=own_examples) for each in item]
+    mine, reference = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
+    assert largest_gap(mine, reference) < TOLERANCE
+    assert [a[1] for a in mine] == [b[1] for b in reference]
 
-    def counting(*args, **inputs):
-        ids = inputs["input_ids"] if "input_ids" in inputs else args[0]
-        read.append(ids.numel())
-        return forward(*args, **inputs)
 
-    monkeypatch.setattr(ours.model, "forward", counting)
-    rng = random.Random(8)
-    requests = []
-    for _ in range(10):
-        context = text(rng, 50)
-        requests += [request("loglikelihood", context, " " + text(rng, 3)) for _ in range(4)]
-    ours.loglikelihood(requests)
-    mine = sum(read)
-    read.clear()
-    theirs.loglikelihood(requests, disable_tqdm=True)
-    assert mine < sum(read) / 3
+def test_examples_that_all_items_share_are_read_once(ours):
+    items = few_shot(11, items=30)
+    encoded = [[ours.tok_encode(" ".join(each.args)) for each in item] for item in items]
+    columns = zip(*(tokens for item in encoded for tokens in item), strict=False)
+    shared = next(place for place, column in enumerate(columns) if len(set(column)) > 1)
+    own = sum(len(tokens) - shared for item in encoded for tokens in item)
+    read = tokens_read(ours.model, lambda: ours.loglikelihood([each for item in items for each in item]))
+    assert shared > 40
+    assert read < shared + own
+    # Without sharing, the examples alone are read 120 times.
+    assert read < 0.3 * 120 * shared
+
+
+def test_one_letter_answers_cost_no_tokens_of_their_own(ours):
+    questions = [text(random.Random(n), 20) for n in range(12)]
+    one = [request("loglikelihood", question, " a") for question in questions]
+    many = [request("loglikelihood", question, " " + word) for question in questions for word in ("a", "no", "the")]
+    lengths = {len(ours.tok_encode(each.args[1])) for each in many}
+    assert lengths == {1}
+    read = tokens_read(ours.model, lambda: ours.loglikelihood(one))
+    assert tokens_read(ours.model, lambda: ours.loglikelihood(many)) == read
+
+
+def test_long_shared_documents_are_kept_while_their_questions_are_asked(ours, theirs):
+    rng = random.Random(12)
+    document = text(rng, 700)
+    requests = [request("loglikelihood", f"{document} {text(rng, 30)}", " " + text(rng, 3)) for _ in range(20)]
+    requests += [request("loglikelihood", document, " " + text(rng, 2)), request("loglikelihood", document, " the")]
+    length = len(ours.tok_encode(document))
+    assert length > 2 * ours.pack_tokens
+    read = tokens_read(ours.model, lambda: ours.loglikelihood(requests))
+    assert read < 2 * length + 20 * 40
+    assert largest_gap(ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)) < TOLERANCE
+
+
+def test_an_answer_is_the_same_alone_in_any_company_and_on_two_threads(ours):
+    rng = random.Random(13)
+    options = {"until": [], "max_gen_toks": 16, "do_sample": False}
+    prompts = [request("generate_until", text(rng, rng.randint(1, 40)), dict(options)) for _ in range(40)]
+    scored = choices(13, count=8)
+    together, scores = ours.generate_until(prompts), ours.loglikelihood(scored)
+    assert [ours.generate_until([prompt])[0] for prompt in prompts[::5]] == together[::5]
+    assert ours.generate_until(prompts[7:18]) == together[7:18]
+    alone = [ours.loglikelihood([each])[0] for each in scored]
+    assert largest_gap(alone, scores) < BATCH_TOLERANCE
+    torch.set_num_threads(2)
+    try:
+        assert ours.generate_until(prompts) == together
+        assert largest_gap(ours.loglikelihood(scored), scores) < BATCH_TOLERANCE
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_answers_share_the_prompts_beginning(ours):
+    rng = random.Random(14)
+    opening = text(rng, 150)
+    options = {"until": [], "max_gen_toks": 1}
+    prompts = [request("generate_until", f"{opening} {text(rng, 20)}", options) for _ in range(40)]
+    whole = sum(len(ours.tok_encode(each.args[0])) for each in prompts)
+    assert tokens_read(ours.model, lambda: ours.generate_until(prompts)) < whole / 3
+
+
+@pytest.mark.parametrize("option", ["num_beams", "repetition_penalty"])
+def test_options_that_change_greedy_decoding_are_refused(ours, option):
+    with pytest.raises(FmopsError, match=f"generation_kwargs: {option} means nothing to greedy decoding"):
+        ours.generate_until([request("generate_until", "a", {option: 2, "until": []})])
+
+
+def test_an_answer_without_tokens_is_refused(ours):
+    with pytest.raises(FmopsError, match="an answer has no tokens"):
+        ours.loglikelihood([request("loglikelihood", "the class", "")])
 
 
 def test_scores_are_bit_equal_from_run_to_run(ours):

@@ -65,9 +65,7 @@ def attend(
     Shapes: query (rows, heads, length, head size), key and value (rows, key heads, length, head size);
     result (rows, length, heads, head size). A row without a cache is idle and yields zeros.
     """
-    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
-    if asked:
-        raise FmopsError(f"this model's attention needs {', '.join(asked)}, which this engine does not compute.")
+    refuse_unsupported(options)
     result = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for row, cache in enumerate(slots):
         if cache:
@@ -78,6 +76,17 @@ def attend(
             )
             result[row] = attended[0].transpose(0, 1)
     return result, None
+
+
+def refuse_unsupported(options: dict[str, Any]) -> None:
+    """Refuse a model whose attention asks for more than is computed here.
+
+    Raises:
+        FmopsError: names what it asks for.
+    """
+    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if asked:
+        raise FmopsError(f"this model's attention needs {', '.join(asked)}, which this engine does not compute.")
 
 
 def _last(

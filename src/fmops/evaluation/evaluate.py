@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus, EvalReport, Metric
 from fmops.errors import FmopsError
 from fmops.evaluation.items import choose
+from fmops.evaluation.journal import Journal
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.statistics import clustered_mean
 from fmops.faults import fault_site
@@ -51,7 +52,7 @@ def evaluate(
         FmopsError: a suite without documents, or scores that are no numbers.
     """
     from fmops.adapters.lm_eval import VERSION, run_task
-    from fmops.adapters.lm_eval_scorer import Journal, SharedPrefixLM, versions
+    from fmops.adapters.lm_eval_scorer import SharedPrefixLM, versions
 
     tasks = _tasks(config, benchmarks, corpus, seed=context.seed)
     work = _resume(out)

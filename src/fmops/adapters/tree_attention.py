@@ -1,0 +1,95 @@
+"""Attention for tokens that form a tree behind a stem: each sees the stem, its own ancestors and itself.
+
+Enters: one step of `prefix_tree`, the cache of its stem. Leaves: what each token attends to, in one pass of the model.
+Refuses: attention that is more than causal softmax over all earlier positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from fmops.adapters import slot_attention
+from fmops.adapters.prefix_tree import Step
+from fmops.adapters.slot_attention import SlotCache, refuse_unsupported
+
+ATTENTION = "fmops-tree"
+ROWS = 64
+"""Queries of one attention call: they skip the keys that come after the last of them."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Neighbouring queries and the keys that any of them sees."""
+
+    queries: slice
+    keys: slice
+    hidden: torch.Tensor
+    """Added to the scores, shape (queries, keys): 0 where seen, minus infinity elsewhere."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A step laid out for attention, and the cache that holds its stem; its own keys go behind."""
+
+    cache: SlotCache
+    rows: list[_Rows] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, step: Step, cache: SlotCache) -> Tree:
+        length = len(step.tokens)
+        place = torch.arange(length)
+        ends = torch.tensor(step.ends())
+        seen = (place[None, :] <= place[:, None]) & (place[:, None] < ends[None, :])
+        roots = [index for index, depth in enumerate(step.depths) if depth == 0]
+        tree = cls(cache)
+        for begin in range(0, length, ROWS):
+            end = min(begin + ROWS, length)
+            # Without a stem, the trees before the first query's own are nobody's business here.
+            low = 0 if step.start else max(root for root in roots if root <= begin)
+            own = torch.zeros(end - begin, end - low).masked_fill_(~seen[begin:end, low:end], -torch.inf)
+            hidden = torch.cat([torch.zeros(end - begin, step.start), own], dim=1) if step.start else own
+            tree.rows.append(_Rows(slice(begin, end), slice(low, step.start + end), hidden))
+        return tree
+
+
+def register() -> str:
+    """Make the attention known to Transformers; returns its name for `set_attn_implementation`."""
+    AttentionInterface.register(ATTENTION, attend)
+    return ATTENTION
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    tree: Tree | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The signature is that of Transformers' `AttentionInterface`; a batch is one row.
+
+    Shapes: query (1, heads, length, head size), key and value (1, key heads, length, head size); result
+    (1, length, heads, head size).
+    """
+    if tree is None and "slots" not in options:
+        raise ValueError(f"the attention {ATTENTION!r} needs the step that the tokens belong to, or a cache a row")
+    if tree is None:
+        # Answers under way, a cache each.
+        return slot_attention.attend(module, query, key, value, attention_mask, scaling, **options)
+    refuse_unsupported(options)
+    keys, values = tree.cache.extend(module.layer_idx, key, value)
+    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for rows in tree.rows:
+        attended = scaled_dot_product_attention(
+            query[:, :, rows.queries], keys[:, :, rows.keys], values[:, :, rows.keys],
+            attn_mask=rows.hidden, scale=scaling, enable_gqa=True,
+        )  # fmt: skip
+        result[:, rows.queries] = attended.transpose(1, 2)
+    return result, None

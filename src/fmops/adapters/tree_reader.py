@@ -1,0 +1,129 @@
+"""A causal model that reads the steps of a prefix tree; the keys and values of a stem are computed once and kept.
+
+Enters: a Transformers model, steps. Leaves: logits at chosen places, log-likelihoods, the cache of one branch.
+Refuses: nothing; a stem that another process has read is read again here, with the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fmops.adapters.prefix_tree import Read, Span, Step
+from fmops.adapters.slot_attention import SlotCache
+from fmops.adapters.tree_attention import Tree, register
+
+NORMALISED_ROWS = 16
+"""Rows of logits that are exponentiated together: their copy stays in the processor's cache."""
+
+
+def shares_prefixes(model: Any) -> bool:
+    """Whether attention is causal over all positions, which are rotary, so that a tree behind a stem is exact."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    capped = getattr(config, "attn_logit_softcapping", None)
+    plain = kinds == {"full_attention"} and not window and bool(rotary) and not capped
+    takes = {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys()
+    return plain and takes and bool(getattr(model, "_supports_attention_backend", False))
+
+
+def lines(reads: Sequence[Read]) -> list[Step]:
+    """Every request in a step of its own: for models that cannot share."""
+    return [
+        Step(None, 0, list(read.tokens), list(range(len(read.tokens))), [
+            Span(request, 0, list(range(read.first, len(read.tokens))))
+        ])
+        for request, read in enumerate(reads)
+    ]  # fmt: skip
+
+
+class TreeReader:
+    """Reads steps in any order; in the planned order no stem is read twice."""
+
+    def __init__(self, model: Any, steps: Sequence[Step], *, shares: bool) -> None:
+        self.model = model
+        self.steps = steps
+        self.shares = shares
+        attention = register() if shares else "sdpa"
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        self.cache = SlotCache(max((step.start + len(step.tokens) for step in steps), default=0))
+        self._stem: list[int] = []
+        self._parents = {step.parent for step in steps}
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.inference_mode()
+    def read(self, index: int, kept: Sequence[int]) -> torch.Tensor:
+        """Logits (kept, vocabulary) at places of one step, in float32."""
+        step = self.steps[index]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([step.tokens]), "use_cache": False}
+        if self.shares:
+            stem = self._climb(step.parent)
+            positions = torch.tensor([step.depths]) + step.start
+            inputs |= {"position_ids": positions, "tree": Tree.of(step, self.cache)}
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = torch.tensor(kept)
+        logits: torch.Tensor = self.model(**inputs).logits[0].float()
+        if self.shares and index in self._parents:
+            self._stem = [*stem, index]
+            self.cache.length += len(step.tokens)
+        return logits if self._keeps_logits else logits[list(kept)]
+
+    def score(self, index: int, answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+        """For each span of a step: log-likelihood of its part of the answer, and whether it is the greedy choice.
+
+        `answers` are the tokens to predict, by request: as many as the request has scored positions.
+        """
+        spans = self.steps[index].spans
+        kept = sorted({place for span in spans for place in span.places})
+        row = {place: number for number, place in enumerate(kept)}
+        logits = self.read(index, kept)
+        parts = torch.split(logits, NORMALISED_ROWS)
+        normaliser = torch.cat([part.logsumexp(-1) for part in parts])
+        best = torch.cat([part.amax(-1) for part in parts])
+        rows = torch.tensor([row[place] for span in spans for place in span.places])
+        tokens = torch.tensor(
+            [token for span in spans for token in answers[span.request][span.offset :][: len(span.places)]]
+        )
+        chosen = logits[rows, tokens]
+        greedy = chosen == best[rows]
+        for tie in greedy.nonzero()[:, 0].tolist():
+            # Among equals, greedy decoding takes the first.
+            greedy[tie] = logits[rows[tie]].argmax() == tokens[tie]
+        sizes = [len(span.places) for span in spans]
+        # Sums in double: a long answer adds hundreds of terms.
+        values = torch.split(chosen.double() - normaliser[rows].double(), sizes)
+        wholly = torch.split(greedy, sizes)
+        return [(float(value.sum()), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
+
+    def branch(self, index: int, place: int, room: int) -> SlotCache:
+        """A cache of its own, for `room` tokens, of the path to a place of the step that was read last."""
+        step = self.steps[index]
+        ends = step.ends()
+        path = list(range(step.start)) + [step.start + j for j in range(place + 1) if place < ends[j]]
+        taken = torch.tensor(path)
+        branch = SlotCache(room)
+        for layer, keys in self.cache.keys.items():
+            branch.extend(layer, keys.index_select(2, taken), self.cache.values[layer].index_select(2, taken))
+        branch.length = len(path)
+        return branch
+
+    def _climb(self, parent: int | None) -> list[int]:
+        """Make the cache hold the stem that ends with `parent`; returns the stem's steps."""
+        stem: list[int] = []
+        while parent is not None:
+            stem.insert(0, parent)
+            parent = self.steps[parent].parent
+        known = 0
+        while known < min(len(stem), len(self._stem)) and stem[known] == self._stem[known]:
+            known += 1
+        self._stem = stem[:known]
+        self.cache.length = sum(len(self.steps[each].tokens) for each in self._stem)
+        for missing in stem[known:]:
+            self.read(missing, [0])
+        return stem
