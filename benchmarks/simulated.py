@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fmops.deployment.traces import Trace
+from fmops.traces import Trace
 
 RATES = {
     "failed": 0.003, "empty": 0.003, "truncated": 0.08, "repeated": 0.01, "refused": 0.04, "wrong_language": 0.005,

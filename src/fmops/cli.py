@@ -309,6 +309,21 @@ def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, wo
 
 
 @cli.command()
+@click.option("--once", is_flag=True, help="Look once and end (for cron). Default: look every minute.")
+@with_spec
+def monitor(once: bool, spec: Path, workspace: Path | None) -> None:
+    """Watch the champion's answers: alarms with a stated rate of false ones, and a diagnosis."""
+    from fmops.deployment.monitoring.monitor import Watcher, describe, keep_looking
+
+    project = open_project(spec, workspace)
+    watcher = Watcher(project.store, project.spec.monitor)
+    if once:
+        click.echo(describe(watcher.look()))
+    else:
+        keep_looking(watcher, say=click.echo)
+
+
+@cli.command()
 @click.argument("action", type=click.Choice(["start", "status", "look", "promote", "hold", "resume", "rollback"]))
 @click.option("--release", "key", help="What to roll out, with `start`. Default: the newest release.")
 @click.option("--why", default="", help="Remembered with a person's order.")

@@ -31,6 +31,7 @@ INTERFACE = {
     "gateway": SPEC,
     "keys": (),
     "chat": ("--url", "--system", "--prompt", *SPEC),
+    "monitor": ("--once", *SPEC),
     "rollout": ("action", "--release", "--why", *SPEC),
     "stage": ("name", "--fingerprint", *SPEC),
     "schema": (),

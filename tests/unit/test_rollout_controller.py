@@ -17,11 +17,11 @@ from fmops.deployment.parity import CHAT_PROBES
 from fmops.deployment.rollout.controller import Controller
 from fmops.deployment.rollout.machine import RolloutConflict
 from fmops.deployment.serving.routes import Routes, RoutesFile, Target
-from fmops.deployment.traces import DayLog, Trace
 from fmops.errors import FmopsError
 from fmops.integrity import sha256
 from fmops.lifecycle import Rollout
 from fmops.store import Record, Store, content_digest, file_entries, utc_now
+from fmops.traces import DayLog, Trace
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = Rollout(steps=(0.5,), shadow=0.0, answers=30)

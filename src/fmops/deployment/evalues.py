@@ -220,6 +220,15 @@ def rate_bounds(count: Count, alpha: float) -> tuple[float, float]:
     return low, high
 
 
+def exact_upper(count: Count, alpha: float) -> float:
+    """Clopper & Pearson's one-sided upper bound, for a number of answers fixed beforehand."""
+    from scipy.special import betaincinv
+
+    if count.events >= count.n:
+        return 1.0
+    return float(betaincinv(count.events + 1, count.n - count.events, 1 - alpha))
+
+
 def _edge(excluded: Callable[[float], bool], *, outside: float, inside: float) -> float:
     for _ in range(50):
         middle = (outside + inside) / 2

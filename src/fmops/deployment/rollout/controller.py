@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager
 from pydantic import Field, ValidationError
 
 from fmops.artifacts import Frozen, Release
-from fmops.deployment.rollout.checks import Ask, before_traffic, engine_at
+from fmops.deployment.golden import Ask, engine_at
+from fmops.deployment.rollout.checks import before_traffic
 from fmops.deployment.rollout.evidence import Evidence, observe
 from fmops.deployment.rollout.machine import (
     ENDED,
@@ -29,16 +30,15 @@ from fmops.deployment.rollout.machine import (
 )
 from fmops.deployment.rollout.traffic import LocalTraffic, Traffic
 from fmops.deployment.serving.server import workspace_secret
-from fmops.traces import Cursor, DayLog, Trace
 from fmops.errors import FmopsError
 from fmops.faults import fault_site
 from fmops.lifecycle import Rollout
 from fmops.locks import locked
 from fmops.store import Store, write_atomically
+from fmops.traces import TRACES, Cursor, DayLog, Trace
 
 FILE = "rollout.json"
 LOCK = "rollout.lock"
-TRACES = "traces"
 
 
 class Event(Frozen):

@@ -1,0 +1,82 @@
+"""Golden prompts: does a running engine answer as its release was certified to?
+
+Enters: a release, and a way to ask its engine. Leaves: which golden answers differ.
+Refuses: a release that keeps no answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import Field
+
+from fmops.artifacts import Frozen, Release
+from fmops.deployment.parity import CHAT_PROBES, GREEDY_TOKENS, PLAIN_PROBES
+from fmops.deployment.verify import PARITY
+from fmops.errors import IntegrityError
+
+AGREEING = 0.9
+"""Share of the golden answers to repeat to the letter. One in eleven may differ: two likeliest tokens can tie."""
+
+Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
+"""POST a JSON body to a path of the engine, return the JSON answer; raises OSError or ValueError."""
+
+
+class Golden(Frozen):
+    """How the golden prompts went."""
+
+    asked: int
+    differ: tuple[str, ...] = ()
+    error: str | None = Field(None, description="Why the engine could not be asked.")
+
+    @property
+    def agree(self) -> bool:
+        """Whether enough answers are the certified ones; none asked is no agreement."""
+        return self.asked > 0 and len(self.differ) <= (1 - AGREEING) * self.asked
+
+
+def ask_golden(release: Release, ask: Ask) -> Golden:
+    """Ask the probes that parity was proved with, greedily, and compare the answers.
+
+    Raises:
+        IntegrityError: the release keeps no golden answers.
+        OSError, ValueError, LookupError, TypeError: the engine does not answer as OpenAI's API does.
+    """
+    stated = json.loads((release.path / PARITY).read_bytes())["probes"]
+    certified = {probe["name"]: probe["answer"] for probe in stated if probe.get("answer")}
+    if not certified:
+        raise IntegrityError(f"{release.path.name}/{PARITY} keeps no answers. `fmops run` releases it anew.")
+    differ = [name for name, answer in certified.items() if _ask(name, release.name, ask) != answer]
+    return Golden(asked=len(certified), differ=tuple(differ))
+
+
+def _ask(name: str, model: str, ask: Ask) -> str:
+    kind, _, probe = name.partition("/")
+    body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": GREEDY_TOKENS}
+    if kind == "chat":
+        reply = ask("/v1/chat/completions", {**body, "messages": CHAT_PROBES[probe]})
+        return str(reply["choices"][0]["message"]["content"])
+    reply = ask("/v1/completions", {**body, "prompt": PLAIN_PROBES[probe]})
+    return str(reply["choices"][0]["text"])
+
+
+def engine_at(url: str, *, secret: str, timeout_s: float = 60.0) -> Ask:
+    """Ask the engine at a base URL over HTTP; `secret` lets the workspace's own processes in."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {secret}"}
+
+    def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            reply = httpx.post(
+                f"{url.rstrip('/').removesuffix('/v1')}{path}", json=body, headers=headers, timeout=timeout_s
+            )
+            reply.raise_for_status()
+        except httpx.HTTPError as error:
+            raise OSError(f"{path}: {error}") from error
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    return ask

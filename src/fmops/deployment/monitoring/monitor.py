@@ -1,0 +1,248 @@
+"""The monitor on disk: one look reads what is new, judges it, diagnoses, and writes a report.
+
+Enters: a workspace, the time. Leaves: `monitor.json` (state and cursors in one file), `drift/report.json`,
+`drift/alarms.jsonl`, `drift/metrics.prom`. Refuses: to begin anew after a restart; only a new release does that.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from pydantic import Field, ValidationError
+
+from fmops.artifacts import DriftReport, Frozen, Release
+from fmops.deployment.golden import Ask, Golden, ask_golden, engine_at
+from fmops.deployment.monitoring.detectors import kolmogorov_smirnov, population_stability
+from fmops.deployment.monitoring.diagnosis import Findings, diagnose
+from fmops.deployment.monitoring.watch import Watch, next_release, slow_harm, watch, worse_than_before
+from fmops.deployment.serving.routes import ROUTES, RoutesFile
+from fmops.deployment.serving.server import workspace_secret
+from fmops.errors import FmopsError
+from fmops.faults import fault_site
+from fmops.lifecycle import Monitor
+from fmops.locks import locked
+from fmops.store import Store, write_atomically
+from fmops.traces import FEEDBACK, TRACES, Cursor, DayLog, Feedback, Trace
+
+FILE = "monitor.json"
+LOCK = "monitor.lock"
+FOLDER = "drift"
+GOLDEN_HOURS = 6
+"""So often the golden prompts are asked again, while the champion's engine is known."""
+ALARM_HOURS = 7 * 24
+"""An alarm counts for the diagnosis for so long."""
+
+
+class Saved(Frozen):
+    """Everything that monitoring remembers."""
+
+    watch: Watch
+    traces: Cursor = Cursor()
+    votes: Cursor = Cursor()
+    golden: Golden | None = None
+    golden_asked_s: float = 0.0
+    looked_s: float = Field(0.0, description="Unix time of the last look; the dead man's switch reads it.")
+
+
+class Watcher:
+    """One workspace's monitor."""
+
+    def __init__(
+        self, store: Store, policy: Monitor, *, engine: Callable[[str], Ask] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._store, self._policy, self._clock = store, policy, clock
+        self._engine = engine or (lambda url: engine_at(url, secret=workspace_secret(store.root)))
+        self._traces = DayLog(store.root / TRACES, Trace)
+        self._votes = DayLog(store.root / FEEDBACK, Feedback)
+
+    def look(self) -> DriftReport:
+        """Take in what is new since the last look.
+
+        Raises:
+            FmopsError: nothing is served, or the state on disk is broken.
+        """
+        with self._locked():
+            champion = self._store.aliases().get("champion")
+            if champion is None:
+                raise FmopsError("there is no champion to watch. `fmops run` makes one, `fmops up` serves it.")
+            saved = self.read() or Saved(watch=Watch(release=champion))
+            traces, cursor = self._traces.read(saved.traces)
+            votes, votes_cursor = self._votes.read(saved.votes)
+            now = self._clock()
+            state, known = saved.watch, len(saved.watch.alarms)
+            if state.release != champion:
+                state, known = next_release(state, champion), 0
+            state = slow_harm(watch(state, traces, votes, self._policy), now, self._policy)
+            golden, asked_s = saved.golden, saved.golden_asked_s
+            if state.release != saved.watch.release or now >= asked_s + GOLDEN_HOURS * 3600:
+                golden, asked_s = self._ask_golden(champion), now
+            after = Saved(
+                watch=state, traces=cursor, votes=votes_cursor, golden=golden, golden_asked_s=asked_s, looked_s=now
+            )
+            fault_site("monitor-before-save")
+            write_atomically(self._store.root / FILE, after.model_dump_json() + "\n")
+            fault_site("monitor-after-save")
+            return self._report(after, new=len(state.alarms) - known)
+
+    def read(self) -> Saved | None:
+        """The state as it was last saved."""
+        path = self._store.root / FILE
+        if not path.is_file():
+            return None
+        try:
+            return Saved.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise FmopsError(
+                f"{path} is no monitor state: {'.'.join(map(str, first['loc']))}: {first['msg']}. Move it away: "
+                "monitoring begins anew, and measures what is normal once more."
+            ) from None
+
+    def _ask_golden(self, champion: str) -> Golden | None:
+        """None when nobody knows the champion's engine; one that does not answer is told in the report."""
+        target = RoutesFile(self._store.root / ROUTES).current().champion
+        if target is None or target.url is None or target.release != champion:
+            return None
+        release = self._store.load(self._store.by_key(champion))
+        assert isinstance(release, Release)
+        try:
+            return ask_golden(release, self._engine(target.url))
+        except (OSError, ValueError, LookupError, TypeError, FmopsError) as error:
+            return Golden(asked=0, error=f"{type(error).__name__}: {error}")
+
+    def _report(self, saved: Saved, *, new: int) -> DriftReport:
+        state, policy, golden = saved.watch, self._policy, saved.golden
+        threshold = policy.observations_per_false_alarm
+        recent = tuple(alarm for alarm in state.alarms if alarm.at_s > saved.looked_s - ALARM_HOURS * 3600)
+        findings = Findings(
+            alarms=recent,
+            golden_agree=golden.agree if golden and not golden.error else None,
+            worse_than_before=worse_than_before(state, policy.tolerances),
+        )
+        measures = {name: measure for name, measure in state.measures.items() if measure.reference}
+        report = DriftReport(
+            path=self._store.root / FOLDER,
+            release=state.release,
+            at_s=saved.looked_s,
+            answers=state.answers,
+            rates={name: (rate.since.events, rate.since.n) for name, rate in state.rates.items() if rate.since.n},
+            reference={
+                name: (rate.reference.events, rate.reference.n)
+                for name, rate in state.rates.items()
+                if rate.reference.n
+            },
+            levels={
+                **{name: rate.detector.level / threshold for name, rate in state.rates.items() if rate.detector},
+                **{name: measure.shift.level / threshold for name, measure in measures.items()},
+            },
+            pictures={
+                name: {
+                    "psi": population_stability(measure.reference, _counts(measure.latest)),
+                    "ks": kolmogorov_smirnov(measure.reference, _counts(measure.latest)),
+                }
+                for name, measure in measures.items()
+            },
+            golden=1 - len(golden.differ) / golden.asked if golden and golden.asked else None,
+            golden_error=golden.error if golden else None,
+            alarms=recent,
+            diagnosis=diagnose(findings),
+        )
+        write_atomically(report.path / "report.json", report.model_dump_json(indent=1) + "\n")
+        write_atomically(report.path / "metrics.prom", metrics_text(report, policy))
+        if new > 0:
+            with (report.path / "alarms.jsonl").open("a", encoding="utf-8") as log:
+                log.writelines(alarm.model_dump_json() + "\n" for alarm in state.alarms[-new:])
+        return report
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self._store.root / LOCK, wait_s=10)
+
+
+def metrics_text(report: DriftReport, policy: Monitor) -> str:
+    """The report in Prometheus' text format, for the node exporter's textfile collector or the gateway's /metrics."""
+    lines = [
+        "# TYPE fmops_monitor_last_look_seconds gauge",
+        f"fmops_monitor_last_look_seconds {report.at_s:.0f}",
+        "# TYPE fmops_monitor_answers_total counter",
+        f"fmops_monitor_answers_total {report.answers}",
+        "# HELP fmops_drift_level Level of a detector as a share of its threshold; 1 is an alarm.",
+        "# TYPE fmops_drift_level gauge",
+        *(f'fmops_drift_level{{signal="{name}"}} {_number(level)}' for name, level in report.levels.items()),
+        "# TYPE fmops_signal_rate gauge",
+        *(f'fmops_signal_rate{{signal="{name}"}} {events / n:.6g}' for name, (events, n) in report.rates.items()),
+        "# TYPE fmops_alarms gauge",
+    ]
+    for kind in ("harm", "shift"):
+        count = sum(
+            alarm.kind == kind and alarm.at_s > report.at_s - policy.cool_down_hours * 3600 for alarm in report.alarms
+        )
+        lines.append(f'fmops_alarms{{kind="{kind}"}} {count}')
+    if report.golden is not None:
+        lines += ["# TYPE fmops_golden_agreement gauge", f"fmops_golden_agreement {report.golden:.6g}"]
+    return "\n".join(lines) + "\n"
+
+
+def describe(report: DriftReport) -> str:
+    """The report in words."""
+    lines = [f"{report.release}: {report.answers} answers"]
+    if not report.rates:
+        lines.append("normal is still being measured")
+    for name, (events, n) in report.rates.items():
+        had, of = report.reference.get(name, (0, 0))
+        normal = f"{had / of:.2%}" if of else "unknown"
+        level = report.levels.get(name, 0.0)
+        lines.append(f"  {name:14} {events / n:.2%} of {n}, normal {normal}, level {level:.2g} of 1")
+    for name, picture in report.pictures.items():
+        level = report.levels.get(name, 0.0)
+        lines.append(f"  {name:14} PSI {picture['psi']:.3f}, KS {picture['ks']:.3f}, level {level:.2g} of 1")
+    if report.golden is not None:
+        lines.append(f"golden prompts answered as certified: {report.golden:.0%}")
+    if report.golden_error:
+        lines.append(f"golden prompts could not be asked: {report.golden_error}")
+    for alarm in report.alarms:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(alarm.at_s))
+        known = alarm.reference is not None and alarm.now is not None
+        change = f" {alarm.reference:.2%} → {alarm.now:.2%}" if known else ""
+        lines.append(f"{moment} {alarm.kind}: {alarm.signal}{change}, after {alarm.answers} answers")
+    found = report.diagnosis
+    if found:
+        lines += [
+            f"diagnosis: {found.cause} → {found.stage}",
+            *(f"  because {reason}" for reason in found.because),
+            f"  confirmed if: {found.confirm}",
+            f"  refuted if: {found.refute}",
+            *([f"  also possible: {', '.join(found.also_possible)}"] if found.also_possible else []),
+            *([f"  look at: {', '.join(found.examples)}"] if found.examples else []),
+        ]
+    else:
+        lines.append("nothing found")
+    return "\n".join(lines)
+
+
+def _counts(places: tuple[int, ...]) -> dict[int, int]:
+    return {place: places.count(place) for place in set(places)}
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}" if math.isfinite(value) else "NaN"
+
+
+def keep_looking(watcher: Watcher, *, say: Callable[[str], None], every_s: float = 60.0) -> None:
+    """Look every `every_s` seconds until SIGTERM or SIGINT; say only what has changed."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    said = ""
+    while not ended.is_set():
+        report = watcher.look()
+        told = describe(report) if report.alarms or report.diagnosis else f"{report.release}: nothing found"
+        if told != said:
+            say(told)
+            said = told
+        ended.wait(every_s)

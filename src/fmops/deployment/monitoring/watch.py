@@ -1,0 +1,287 @@
+"""What monitoring remembers of the release that serves, and how it takes in answers. Pure.
+
+Enters: traces and votes, in the order in which they were written. Leaves: frozen state, and alarms.
+Refuses: traces of other releases and arms; they say nothing about what serves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
+
+from pydantic import Field
+
+from fmops.artifacts import Alarm, Frozen
+from fmops.deployment.evalues import Count, exact_upper
+from fmops.deployment.monitoring.detectors import Detector, Shift, risk_has_risen
+from fmops.deployment.monitoring.signals import BINARY
+from fmops.deployment.monitoring.topics import distance, words_of
+from fmops.lifecycle import Monitor
+from fmops.traces import Feedback, Trace
+
+RATES = ("failed", "slow", "disliked", *BINARY)
+"""0/1 signals that are watched for harm."""
+MEASURES: dict[str, Callable[[float], int]] = {
+    "topic": lambda value: math.floor(value * 50),
+    "prompt_words": lambda value: math.floor(4 * math.log2(1 + value)),
+    "words": lambda value: math.floor(4 * math.log2(1 + value)),
+    "log_probability": lambda value: math.floor(max(value, -20.0) * 20),
+}
+"""Numbers whose distribution is watched, and the bins in which they are counted."""
+TOLERANCE = 0.01
+REFERENCE_MISSED = 0.01
+"""Chance that normal is measured too low, over all signals together."""
+SLOW_SHARE = 0.05
+"""An answer is slow when it takes longer than all but so many of the reference's, per token."""
+LATEST = 200
+"""Values of a measure that the pictures show."""
+RATE_NOW = 50
+"""Answers over which an alarm states the rate of now."""
+EXAMPLES = 5
+VOTES_PER_IDENTITY = 5
+"""A day; one user cannot raise an alarm alone."""
+TOPIC_WORDS = 200
+"""Prompts that make the centroid, before distances to it are normal."""
+
+
+class Rate(Frozen):
+    """One 0/1 signal."""
+
+    reference: Count = Count()
+    since: Count = Count()
+    """Since the reference was complete."""
+    detector: Detector | None = Field(None, description="From the end of the reference on.")
+    latest: tuple[int, ...] = Field(default=(), description="The last values, newest last.")
+    examples: tuple[str, ...] = Field(default=(), description="Traces with the event, newest last.")
+    silent_until_s: float = 0.0
+    risen: bool = Field(False, description="The slow rule has alarmed; once is enough until the next release.")
+
+
+class Measure(Frozen):
+    """One number's distribution."""
+
+    reference: dict[int, int] = Field(default={})
+    latest: tuple[int, ...] = ()
+    shift: Shift = Shift()
+    examples: tuple[str, ...] = ()
+    silent_until_s: float = 0.0
+
+
+class Watch(Frozen):
+    """Everything about one release. It outlives restarts; a new release begins a new one."""
+
+    release: str
+    answers: int = 0
+    rates: dict[str, Rate] = Field(default=dict.fromkeys(RATES, Rate()))
+    measures: dict[str, Measure] = Field(default=dict.fromkeys(MEASURES, Measure()))
+    centroid: dict[int, float] = Field(default={}, description="Sum of the reference's topics.")
+    centroid_prompts: int = 0
+    token_s: tuple[float, ...] = Field(
+        default=(), description="Seconds a token of the reference, until it is complete."
+    )
+    slow_s: float | None = Field(None, description="Seconds a token above which an answer is slow.")
+    votes: dict[str, int] = Field(default={}, description="Votes by identity on `votes_day`.")
+    votes_day: int = 0
+    before: dict[str, Count] = Field(default={}, description="Reference rates of the release before.")
+    alarms: tuple[Alarm, ...] = ()
+
+    def ready(self, policy: Monitor) -> bool:
+        """Whether normal is known."""
+        return self.answers >= policy.reference
+
+
+def watch(state: Watch, traces: Iterable[Trace], votes: Iterable[Feedback], policy: Monitor) -> Watch:
+    """Take in what is new, answers in the order of their log. How they are cut into looks changes nothing."""
+    for trace in traces:
+        if trace.arm == "champion" and trace.release == state.release:
+            state = _answer(state, trace, trace.started_s + trace.duration_s, policy)
+    for vote in votes:
+        state = _vote(state, vote, policy)
+    return state
+
+
+def seen_in(trace: Trace, slow_s: float | None) -> dict[str, float]:
+    """0/1 signals of an answer; a failed one says nothing else, one that the client spoilt or left says nothing."""
+    if trace.status >= 500 or trace.finish_reason == "error":
+        return {"failed": 1.0}
+    if trace.status >= 400:
+        return {}
+    seen = {"failed": 0.0} | {name: trace.signals[name] for name in BINARY if name in trace.signals}
+    pace = _pace(trace)
+    return seen | ({"slow": float(pace > slow_s)} if pace is not None and slow_s is not None else {})
+
+
+def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
+    seen = seen_in(trace, state.slow_s)
+    if not seen:
+        return state
+    changes: dict[str, object] = {"answers": state.answers + 1}
+    pace = _pace(trace)
+    if state.slow_s is None and pace is not None:
+        paces = (*state.token_s, pace)
+        changes["token_s"] = paces
+        if len(paces) * 2 >= policy.reference:
+            # The first half of the reference says what slow is, the second how often normal is slow.
+            changes |= {"slow_s": sorted(paces)[math.ceil((1 - SLOW_SHARE) * len(paces)) - 1], "token_s": ()}
+    words = words_of(trace.prompt)
+    far = None
+    if state.centroid_prompts < min(TOPIC_WORDS, policy.reference // 2):
+        centroid = dict(state.centroid)
+        for slot, weight in words.items():
+            centroid[slot] = centroid.get(slot, 0.0) + weight
+        changes |= {"centroid": centroid, "centroid_prompts": state.centroid_prompts + 1}
+    elif words:
+        far = distance(words, state.centroid)
+    state = state.model_copy(update=changes)
+    for name, value in seen.items():
+        state = _rate(state, name, int(value > 0), trace.id, now, policy)
+    numbers = {
+        "topic": far,
+        "prompt_words": float(len(trace.prompt.split())) if trace.prompt else None,
+        "words": trace.signals.get("words"),
+        "log_probability": trace.mean_log_probability,
+    }
+    for name, number in numbers.items():
+        if number is not None:
+            state = _measure(state, name, number, trace.id, now, policy)
+    return _judge(state, now, policy)
+
+
+def _vote(state: Watch, vote: Feedback, policy: Monitor) -> Watch:
+    if vote.thumb is None:
+        return state
+    day, identity = int(vote.at_s // 86_400), f"{vote.tenant}/{vote.user or ''}"
+    votes = state.votes if day == state.votes_day else {}
+    cast = votes.get(identity, 0)
+    state = state.model_copy(update={"votes": {**votes, identity: cast + 1}, "votes_day": day})
+    if cast >= VOTES_PER_IDENTITY:
+        return state
+    state = _rate(state, "disliked", int(vote.thumb == "down"), vote.id, vote.at_s, policy)
+    return _judge(state, vote.at_s, policy)
+
+
+def _rate(state: Watch, name: str, event: int, trace: str, now: float, policy: Monitor) -> Watch:
+    rate, one = state.rates[name], Count(events=event, n=1)
+    # Votes are rarer than answers: a tenth as many say what is normal.
+    wanted = policy.reference // 10 if name == "disliked" else policy.reference // 2
+    changes: dict[str, object] = {"latest": (*rate.latest[-(RATE_NOW - 1) :], event)}
+    if event:
+        changes["examples"] = (*rate.examples[-(EXAMPLES - 1) :], trace)
+    if rate.reference.n < wanted or (rate.detector is None and not state.ready(policy) and name != "disliked"):
+        changes["reference"] = rate.reference + one
+    else:
+        detector = rate.detector or Detector(null=tolerated(rate.reference, policy.tolerances.get(name, TOLERANCE)))
+        if now >= rate.silent_until_s:
+            detector = detector.add(float(event))
+        changes |= {"detector": detector, "since": rate.since + one}
+    return state.model_copy(update={"rates": {**state.rates, name: rate.model_copy(update=changes)}})
+
+
+def tolerated(reference: Count, tolerance: float) -> float:
+    """The rate above which it is harm: the upper bound of normal, and a tolerance."""
+    return min(exact_upper(reference, REFERENCE_MISSED / len(RATES)) + tolerance, 0.999)
+
+
+def _measure(state: Watch, name: str, number: float, trace: str, now: float, policy: Monitor) -> Watch:
+    measure, place = state.measures[name], MEASURES[name](number)
+    changes: dict[str, object] = {
+        "latest": (*measure.latest[-(LATEST - 1) :], place), "examples": (*measure.examples[-(EXAMPLES - 1) :], trace),
+    }  # fmt: skip
+    if not state.ready(policy):
+        changes["reference"] = {**measure.reference, place: measure.reference.get(place, 0) + 1}
+    if now >= measure.silent_until_s:
+        changes["shift"] = measure.shift.add(place, _chance(trace, name))
+    return state.model_copy(update={"measures": {**state.measures, name: measure.model_copy(update=changes)}})
+
+
+def _judge(state: Watch, now: float, policy: Monitor) -> Watch:
+    """Alarm when the average level of harm reaches its threshold, and the same, apart, for shifts.
+
+    The average of e-detectors is one. A named signal has reached the threshold itself; the largest always has.
+    """
+    threshold = float(policy.observations_per_false_alarm)
+    detectors = {name: rate.detector for name, rate in state.rates.items() if rate.detector}
+    if detectors and math.fsum(d.level for d in detectors.values()) >= threshold * len(RATES):
+        for name in [name for name, detector in detectors.items() if detector.level >= threshold]:
+            state = _harm(state, name, now, policy, level=detectors[name].level, answers=detectors[name].n)
+    levels = {name: measure.shift.level for name, measure in state.measures.items()}
+    if math.fsum(levels.values()) >= threshold * len(MEASURES):
+        for name in [name for name, level in levels.items() if level >= threshold]:
+            state = _shifted(state, name, now, policy)
+    return state
+
+
+def slow_harm(state: Watch, now: float, policy: Monitor) -> Watch:
+    """The rule for slow harm, once a look: the risk since the reference against the reference's, at all times valid.
+
+    P(it is ever wrongly true) ≤ 1/10, over all signals together, in the life of a release.
+    """
+    for name, rate in state.rates.items():
+        tolerance = policy.tolerances.get(name, TOLERANCE)
+        alpha = 0.1 / len(RATES)
+        if rate.risen or not rate.since.n or now < rate.silent_until_s:
+            continue
+        if risk_has_risen(rate.reference, rate.since, tolerance=tolerance, alpha=alpha):
+            state = _harm(state, name, now, policy, level=1 / alpha, answers=rate.since.n)
+            risen = state.rates[name].model_copy(update={"risen": True})
+            state = state.model_copy(update={"rates": {**state.rates, name: risen}})
+    return state
+
+
+def _harm(state: Watch, name: str, now: float, policy: Monitor, *, level: float, answers: int) -> Watch:
+    rate = state.rates[name]
+    alarm = Alarm(
+        signal=name, kind="harm", at_s=now, level=level, threshold=float(policy.observations_per_false_alarm),
+        answers=answers, reference=rate.reference.events / rate.reference.n if rate.reference.n else None,
+        now=sum(rate.latest) / len(rate.latest) if rate.latest else None, examples=rate.examples,
+    )  # fmt: skip
+    assert rate.detector is not None
+    reset = rate.model_copy(
+        update={
+            "detector": Detector(null=rate.detector.null), "silent_until_s": now + policy.cool_down_hours * 3600,
+        }
+    )  # fmt: skip
+    return state.model_copy(update={"rates": {**state.rates, name: reset}, "alarms": (*state.alarms, alarm)})
+
+
+def _shifted(state: Watch, name: str, now: float, policy: Monitor) -> Watch:
+    measure = state.measures[name]
+    alarm = Alarm(
+        signal=name, kind="shift", at_s=now, level=measure.shift.level, examples=measure.examples,
+        threshold=float(policy.observations_per_false_alarm), answers=measure.shift.n,
+    )  # fmt: skip
+    # What came after the change is the new normal.
+    reset = measure.model_copy(update={"shift": Shift(), "silent_until_s": now + policy.cool_down_hours * 3600})
+    return state.model_copy(update={"measures": {**state.measures, name: reset}, "alarms": (*state.alarms, alarm)})
+
+
+def next_release(state: Watch, release: str) -> Watch:
+    """A new release serves: what was normal is measured anew, and what was normal before is kept for comparison."""
+    before = {name: rate.reference for name, rate in state.rates.items() if rate.reference.n}
+    return Watch(release=release, before=before)
+
+
+def worse_than_before(state: Watch, tolerances: Mapping[str, float]) -> tuple[str, ...]:
+    """Signals whose normal is worse than under the release before, beyond the tolerance."""
+    alpha = 0.1 / len(RATES)
+    return tuple(
+        name
+        for name, before in state.before.items()
+        if state.rates[name].reference.n
+        and risk_has_risen(
+            before,
+            state.rates[name].reference + state.rates[name].since,
+            tolerance=tolerances.get(name, TOLERANCE),
+            alpha=alpha,
+        )
+    )
+
+
+def _pace(trace: Trace) -> float | None:
+    return trace.duration_s / trace.completion_tokens if trace.completion_tokens >= 8 else None
+
+
+def _chance(trace: str, measure: str) -> float:
+    """A uniform number that only the trace's id decides: a replay gives the same ranks."""
+    return int.from_bytes(blake2b(f"{measure}\0{trace}".encode(), digest_size=7).digest(), "big") / 2**56

@@ -1,0 +1,199 @@
+"""The monitor tells harm from change, keeps its memory, and lets no single user raise an alarm."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.simulated import RATES, Production
+from fmops.artifacts import DriftReport
+from fmops.deployment.monitoring.monitor import Watcher, describe
+from fmops.deployment.monitoring.watch import Watch, next_release, watch, worse_than_before
+from fmops.errors import FmopsError
+from fmops.lifecycle import Monitor
+from fmops.store import Store
+from fmops.traces import DayLog, Feedback, Trace
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = Monitor(reference=400, observations_per_false_alarm=2000)
+TOPICS = {
+    "python": "how does python handle decorators generators iterators classes modules",
+    "medicine": "which symptoms treatment dosage influenza patient doctor hospital vaccine",
+}
+
+
+class Talk(Production):
+    """Production with prompts about a topic."""
+
+    topic = "python"
+
+    def _answer(self, id_, arm, *, shadow_of=None):
+        trace = super()._answer(id_, arm, shadow_of=shadow_of)
+        chance = random.Random(id_)
+        words = TOPICS[self.topic].split()
+        prompt = " ".join(chance.choices(words, k=chance.randint(4, 9)))
+        return trace.model_copy(update={"prompt": prompt, "mean_log_probability": chance.gauss(-1, 0.2)})
+
+
+def reference(seed: int, **options) -> tuple[Talk, Watch]:
+    talk = Talk(seed=seed, **options)
+    return talk, watch(Watch(release=talk.champion), talk.serve(600), (), POLICY)
+
+
+def alarmed(state: Watch) -> set[tuple[str, str]]:
+    return {(alarm.signal, alarm.kind) for alarm in state.alarms}
+
+
+def test_an_ordinary_week_is_quiet():
+    talk, state = reference(1)
+    state = watch(state, talk.serve(1500), (), POLICY)
+    assert state.alarms == ()
+    assert state.rates["refused"].since.n > 1000
+
+
+@pytest.mark.parametrize("name", ["empty", "refused", "secret", "failed"])
+def test_harm_is_found_and_shown(name):
+    talk, state = reference(2)
+    talk.rates = {**RATES, name: RATES[name] + 0.25}
+    state = watch(state, talk.serve(300), (), POLICY)
+    assert (name, "harm") in alarmed(state)
+    first = next(alarm for alarm in state.alarms if alarm.signal == name)
+    assert first.now > first.reference + 0.03
+    assert first.examples
+    assert all(example.startswith("r2-") for example in first.examples)
+
+
+def test_another_topic_is_a_shift_and_no_harm():
+    talk, state = reference(3)
+    talk.topic = "medicine"
+    state = watch(state, talk.serve(400), (), POLICY)
+    assert ("topic", "shift") in alarmed(state)
+    assert not any(alarm.kind == "harm" for alarm in state.alarms)
+
+
+def test_the_same_alarm_is_not_raised_again_while_it_cools_down():
+    talk, state = reference(4)
+    talk.rates = {**RATES, "empty": 0.5}
+    state = watch(state, talk.serve(1500), (), POLICY)
+    assert sum(alarm.signal == "empty" for alarm in state.alarms) == 1
+    talk.now_s += 25 * 3600
+    state = watch(state, talk.serve(300), (), POLICY)
+    assert sum(alarm.signal == "empty" for alarm in state.alarms) == 2
+
+
+def test_how_it_is_cut_into_looks_changes_nothing():
+    talk = Talk(seed=5)
+    traces = [*talk.serve(700)]
+    whole = watch(Watch(release=talk.champion), traces, (), POLICY)
+    state = Watch(release=talk.champion)
+    for start in range(0, 700, 33):
+        # Through JSON, as a restart does it.
+        state = Watch.model_validate_json(watch(state, traces[start : start + 33], (), POLICY).model_dump_json())
+    assert state == whole
+
+
+def votes(count: int, down: float, *, users: int, seed: int = 0, at_s: float = 1.9e9) -> list[Feedback]:
+    chance = random.Random(seed)
+    return [
+        Feedback(
+            id=f"r{n}",
+            at_s=at_s + n,
+            tenant="t",
+            user=f"u{n % users}",
+            thumb="down" if chance.random() < down else "up",
+        )
+        for n in range(count)
+    ]
+
+
+def test_thumbs_down_from_many_are_heard_from_one_are_not():
+    _, state = reference(6)
+    state = watch(state, (), votes(100, 0.1, users=50), POLICY)
+    many = watch(state, (), votes(300, 0.7, users=150, at_s=1.91e9), POLICY)
+    assert alarmed(many) == {("disliked", "harm")}
+    one = watch(state, (), votes(300, 1.0, users=1, at_s=1.91e9), POLICY)
+    assert one.alarms == ()
+
+
+def test_a_new_release_is_compared_with_the_one_before():
+    talk, state = reference(7)
+    fresh = next_release(state, talk.challenger)
+    assert fresh.answers == 0
+    good, bad = (Talk(seed=8, champion=talk.challenger, rates={**RATES, "refused": rate}) for rate in (0.04, 0.3))
+    assert worse_than_before(watch(fresh, good.serve(600), (), POLICY), {}) == ()
+    assert worse_than_before(watch(fresh, bad.serve(600), (), POLICY), {}) == ("refused",)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / ".fmops")
+    store.move_aliases({"champion": "release-champion"}, expected={"champion": None}, why="test")
+    return store
+
+
+def write(store: Store, talk: Talk, count: int) -> None:
+    log = DayLog(store.root / "traces", Trace)
+    for trace in talk.serve(count):
+        log.append(trace, at_s=trace.started_s)
+    log.close()
+
+
+def test_one_look_reads_judges_and_reports(store):
+    talk = Talk(seed=9)
+    clock = lambda: talk.now_s  # noqa: E731
+    watcher = Watcher(store, POLICY, clock=clock)
+    write(store, talk, 600)
+    assert "nothing found" in describe(watcher.look())
+    talk.rates = {**RATES, "repeated": 0.4}
+    write(store, talk, 200)
+    # Another process, as after a restart, goes on where this one was.
+    report = Watcher(store, POLICY, clock=clock).look()
+    assert (report.diagnosis.cause, report.diagnosis.stage) == ("behaviour", "instruct")
+    told = describe(report)
+    assert "diagnosis: behaviour → instruct" in told
+    assert "look at: r9-" in told
+    saved = json.loads((store.root / "drift" / "report.json").read_text())
+    assert DriftReport.model_validate({**saved, "path": store.root}).answers == report.answers
+    assert len((store.root / "drift" / "alarms.jsonl").read_text().splitlines()) == 1
+    metrics = (store.root / "drift" / "metrics.prom").read_text()
+    assert 'fmops_alarms{kind="harm"} 1' in metrics
+    assert watcher.look().answers == report.answers  # nothing is read twice
+    assert len((store.root / "drift" / "alarms.jsonl").read_text().splitlines()) == 1
+
+
+LOOK = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from unit.test_monitor import POLICY, Store, Watcher
+Watcher(Store(Path(sys.argv[1])), POLICY, clock=lambda: 1.8e9).look()
+"""
+
+
+@pytest.mark.parametrize("site", ["monitor-before-save:1", "monitor-after-save:1"])
+def test_killed_inside_a_look_nothing_counts_twice(store, site):
+    talk = Talk(seed=10)
+    write(store, talk, 500)
+    script = LOOK.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    command = [sys.executable, "-c", script, str(store.root)]
+    done = subprocess.run(command, env={**os.environ, "FMOPS_FAULT": site}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert Watcher(store, POLICY, clock=lambda: 1.8e9).look().answers == 500
+
+
+def test_without_a_champion_there_is_nothing_to_watch(tmp_path):
+    with pytest.raises(FmopsError, match="there is no champion to watch"):
+        Watcher(Store(tmp_path), POLICY).look()
+
+
+def test_a_broken_state_is_named(store):
+    (store.root / "monitor.json").write_text("{}")
+    with pytest.raises(FmopsError, match=r"monitor.json is no monitor state: watch: Field required. Move it away"):
+        Watcher(store, POLICY).look()
