@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import beta
 
-from benchmarks.simulated import Production
+from benchmarks.simulated import RATES, Production
+from fmops.deployment.monitoring.watch import Watch, slow_harm, watch
 from fmops.deployment.rollout.evidence import Evidence, observe
 from fmops.deployment.rollout.machine import State, advance, detectable
-from fmops.lifecycle import Rollout
+from fmops.lifecycle import Monitor, Rollout
 
 POLICY = Rollout(shadow=0.0, steps=(0.1, 0.5))
 
@@ -114,6 +116,140 @@ def canaries(runs: int) -> dict[str, Any]:
     }
 
 
+MONITOR = Monitor()
+DAY = 400
+"""Answers a day."""
+BEFORE = 2000
+"""Answers in control before a change, the reference included."""
+
+
+def drift_run(seed: int, change: Callable[[Production, int], None], answers: int) -> Watch:
+    """Answers in control, then as `change` makes them (it is told how many answers ago the change began)."""
+    production = Production(
+        seed=seed, topics={"python": 0.7, "cooking": 0.3}, log_probability=-1.0, per_second=DAY / 86_400
+    )
+    state = watch(Watch(release=production.champion), production.serve(BEFORE), (), MONITOR)
+    for start in range(0, answers, 25):
+        change(production, start)
+        state = slow_harm(watch(state, production.serve(25), (), MONITOR), production.now_s, MONITOR)
+    return state
+
+
+def unchanged(production: Production, since: int) -> None:
+    """In control."""
+
+
+def rates(**added: float) -> Callable[[Production, int], None]:
+    """A step in the rates of signals."""
+
+    def change(production: Production, since: int) -> None:
+        production.rates = {**RATES, **{name: RATES[name] + more for name, more in added.items()}}
+
+    return change
+
+
+def gradual(production: Production, since: int) -> None:
+    """Refusals rise from 4 to 14 % over 4,000 answers."""
+    production.rates = {**RATES, "refused": RATES["refused"] + 0.1 * min(1.0, since / 4000)}
+
+
+def topics(production: Production, since: int) -> None:
+    """Half of the users ask about something else."""
+    production.topics = {"python": 0.35, "cooking": 0.15, "medicine": 0.5}
+
+
+def longer(production: Production, since: int) -> None:
+    """Answers are half as long again."""
+    production.longer = 1.5
+
+
+def doubtful(production: Production, since: int) -> None:
+    """Answers are less likely under the model by 0.2 nats a token, one standard deviation."""
+    production.log_probability = -1.2
+
+
+def seasonal(production: Production, since: int) -> None:
+    """Benign: by day people ask about Python, in the evening about cooking, and answers follow, every day."""
+    evening = 0.5 + 0.5 * math.sin(2 * math.pi * production.now_s / 86_400)
+    production.topics = {"python": 1 - 0.6 * evening, "cooking": 0.6 * evening}
+    production.longer = 1 + 0.2 * evening
+
+
+DRIFTS: dict[str, tuple[Callable[[Production, int], None], str, str, int]] = {
+    # name: change, kind and signal that should alarm, answers
+    "quality: refused +0.05": (rates(refused=0.05), "harm", "refused", 6000),
+    "quality: refused +0.10": (rates(refused=0.10), "harm", "refused", 3000),
+    "quality: repeated +0.10": (rates(repeated=0.10), "harm", "repeated", 3000),
+    "safety: secret +0.03": (rates(secret=0.03), "harm", "secret", 3000),
+    "language: wrong +0.20": (rates(wrong_language=0.20), "harm", "wrong_language", 3000),
+    "infrastructure: failed +0.20": (rates(failed=0.20), "harm", "failed", 3000),
+    "gradual: refused to +0.10": (gradual, "harm", "refused", 6000),
+    "topic: half are new": (topics, "shift", "topic", 3000),
+    "length: x1.5": (longer, "shift", "words", 3000),
+    "log-probability: -0.2": (doubtful, "shift", "log_probability", 3000),
+}
+
+
+def drifts(runs: int, days_runs: int) -> dict[str, Any]:
+    """Thirty days in control, then each kind of drift, then benign seasons."""
+    month = 30 * DAY
+    quiet = [drift_run(seed, unchanged, month - BEFORE) for seed in range(days_runs)]
+    season = [drift_run(seed, seasonal, month - BEFORE) for seed in range(days_runs // 2)]
+    table = {}
+    for name, (change, kind, signal, answers) in DRIFTS.items():
+        states = [drift_run(1000 + seed, change, answers) for seed in range(runs)]
+        table[name] = drift_row(states, kind, signal)
+    return {
+        "policy": MONITOR.model_dump(mode="json"),
+        "answers_a_day": DAY,
+        # P(alarm within n) ≤ n/A for each kind, plus the slow rule's 0.1 for harm.
+        "promises": {
+            "harm in 30 days": month / MONITOR.observations_per_false_alarm + 0.1,
+            "shift in 30 days": month / MONITOR.observations_per_false_alarm,
+        },
+        "in_control": {kind: rate(raised(quiet, kind), len(quiet)) for kind in ("harm", "shift")},
+        "seasonal": {kind: rate(raised(season, kind), len(season)) for kind in ("harm", "shift")},
+        "drift": table,
+    }
+
+
+def raised(states: Sequence[Watch], kind: str) -> int:
+    return sum(any(alarm.kind == kind for alarm in state.alarms) for state in states)
+
+
+def drift_row(states: Sequence[Watch], kind: str, signal: str) -> dict[str, Any]:
+    """How many runs were found, after how many answers, and how many alarmed otherwise."""
+    delays, early, others = [], 0, 0
+    for state in states:
+        start = 1_800_000_000.0 + BEFORE * 86_400 / DAY
+        right = [alarm for alarm in state.alarms if (alarm.kind, alarm.signal) == (kind, signal)]
+        after = [alarm for alarm in right if alarm.at_s >= start]
+        early += any(alarm.at_s < start for alarm in state.alarms)
+        others += any(alarm.kind == "harm" and alarm not in right for alarm in state.alarms)
+        if after:
+            delays.append(round((after[0].at_s - start) / 86_400 * DAY))
+    n = len(states)
+    return {
+        "alarm": f"{kind}: {signal}", "found": rate(len(delays), n), "answers_to_alarm": spread(delays),
+        "before_the_change": rate(early, n), "other_harm_alarms": rate(others, n),
+    }  # fmt: skip
+
+
+def show_drift(found: Mapping[str, Any]) -> None:
+    """The drift table."""
+    for name in ("in_control", "seasonal"):
+        for kind, r in found[name].items():
+            print(f"{name} 30 days, {kind}: {r['hits']} of {r['n']} runs ({r['low']:.3f}–{r['high']:.3f})")
+    for name, row in found["drift"].items():
+        delay = row["answers_to_alarm"] or {"median": math.nan, "p95": math.nan}
+        r = row["found"]
+        print(
+            f"{name:30} found {r['hits']} of {r['n']} ({r['low']:.3f}–{r['high']:.3f}), median delay "
+            f"{delay['median']:.0f} (95 %: {delay['p95']:.0f}) answers, too early {row['before_the_change']['hits']}, "
+            f"other harm alarms {row['other_harm_alarms']['hits']}"
+        )
+
+
 def show(name: str, found: Mapping[str, Any]) -> None:
     """One line of a canary's table."""
     back, up = found["rolled_back"], found["promoted"]
@@ -128,16 +264,22 @@ def show(name: str, found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["canary", "drift"])
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="Add the part to this JSON file.")
     given = parser.parse_args()
     started = time.process_time()
-    results: dict[str, Any] = {"canary": canaries(given.runs)}
-    for name, found in results["canary"]["runs"].items():
-        show(name, found)
-    results["cpu_s"] = time.process_time() - started
+    if given.part == "canary":
+        found = canaries(given.runs)
+        for name, row in found["runs"].items():
+            show(name, row)
+    else:
+        found = drifts(given.runs // 5, given.runs // 2)
+        show_drift(found)
+    found["cpu_s"] = time.process_time() - started
     if given.out:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
+        results = json.loads(given.out.read_text()) if given.out.is_file() else {}
+        given.out.write_text(json.dumps({**results, given.part: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ RATES = {
 }  # fmt: skip
 """How often a good release shows each signal."""
 
+TOPICS = {
+    "python": "python handle decorator generator iterator class module function import object list argument",
+    "cooking": "recipe flour oven butter onion garlic simmer bake dough pepper salad sauce",
+    "medicine": "symptom treatment dosage influenza patient doctor hospital vaccine fever nausea allergy clinic",
+}
+"""Words of the prompts, by topic."""
+
 
 @dataclass
 class Production:
@@ -30,6 +37,12 @@ class Production:
     """Factor on the challenger's latency."""
     champion: str = "release-champion"
     challenger: str = "release-challenger"
+    topics: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the prompts' topics; without any, prompts are empty."""
+    longer: float = 1.0
+    """Factor on the length of answers."""
+    log_probability: float | None = None
+    """Mean over answers of the mean log-probability, in nats."""
     per_second: float = 1.0
     now_s: float = 1_800_000_000.0
 
@@ -57,13 +70,21 @@ class Production:
             for name, rate in self.rates.items()
         }
         failed = bool(happened.pop("failed"))
-        words = max(1.0, self._chance.lognormvariate(4, 0.6))
+        words = max(1.0, self._chance.lognormvariate(4, 0.6) * self.longer)
+        likely = None if self.log_probability is None else self._chance.gauss(self.log_probability, 0.2)
         tokens = 0 if failed else int(words)
         first = self._chance.lognormvariate(-2, 0.4) * (1.0 if mine else self.slower)
         return Trace(
             id=id_, started_s=self.now_s, tenant="t", arm=arm, release=self.champion if mine else self.challenger,
             shadow_of=shadow_of, operation="chat", status=500 if failed else 200,
             finish_reason="error" if failed else "stop", prompt_tokens=20, completion_tokens=tokens,
-            first_token_s=None if failed else first, duration_s=first + words * 0.02, prompt="", response="",
+            first_token_s=None if failed else first, duration_s=first + words * 0.02,
+            prompt=self._prompt(), response="", mean_log_probability=likely,
             signals={} if failed else {**happened, "words": words},
         )  # fmt: skip
+
+    def _prompt(self) -> str:
+        if not self.topics:
+            return ""
+        topic = self._chance.choices(list(self.topics), list(self.topics.values()))[0]
+        return " ".join(self._chance.choices(TOPICS[topic].split(), k=self._chance.randint(4, 12)))

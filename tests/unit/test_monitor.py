@@ -23,27 +23,14 @@ from fmops.traces import DayLog, Feedback, Trace
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = Monitor(reference=400, observations_per_false_alarm=2000)
-TOPICS = {
-    "python": "how does python handle decorators generators iterators classes modules",
-    "medicine": "which symptoms treatment dosage influenza patient doctor hospital vaccine",
-}
 
 
-class Talk(Production):
-    """Production with prompts about a topic."""
-
-    topic = "python"
-
-    def _answer(self, id_, arm, *, shadow_of=None):
-        trace = super()._answer(id_, arm, shadow_of=shadow_of)
-        chance = random.Random(id_)
-        words = TOPICS[self.topic].split()
-        prompt = " ".join(chance.choices(words, k=chance.randint(4, 9)))
-        return trace.model_copy(update={"prompt": prompt, "mean_log_probability": chance.gauss(-1, 0.2)})
+def talk_of(seed: int, **options) -> Production:
+    return Production(seed=seed, **{"topics": {"python": 1.0}, "log_probability": -1.0, **options})
 
 
-def reference(seed: int, **options) -> tuple[Talk, Watch]:
-    talk = Talk(seed=seed, **options)
+def reference(seed: int, **options) -> tuple[Production, Watch]:
+    talk = talk_of(seed, **options)
     return talk, watch(Watch(release=talk.champion), talk.serve(600), (), POLICY)
 
 
@@ -72,7 +59,7 @@ def test_harm_is_found_and_shown(name):
 
 def test_another_topic_is_a_shift_and_no_harm():
     talk, state = reference(3)
-    talk.topic = "medicine"
+    talk.topics = {"medicine": 1.0}
     state = watch(state, talk.serve(400), (), POLICY)
     assert ("topic", "shift") in alarmed(state)
     assert not any(alarm.kind == "harm" for alarm in state.alarms)
@@ -89,7 +76,7 @@ def test_the_same_alarm_is_not_raised_again_while_it_cools_down():
 
 
 def test_how_it_is_cut_into_looks_changes_nothing():
-    talk = Talk(seed=5)
+    talk = talk_of(5)
     traces = [*talk.serve(700)]
     whole = watch(Watch(release=talk.champion), traces, (), POLICY)
     state = Watch(release=talk.champion)
@@ -126,7 +113,7 @@ def test_a_new_release_is_compared_with_the_one_before():
     talk, state = reference(7)
     fresh = next_release(state, talk.challenger)
     assert fresh.answers == 0
-    good, bad = (Talk(seed=8, champion=talk.challenger, rates={**RATES, "refused": rate}) for rate in (0.04, 0.3))
+    good, bad = (talk_of(8, champion=talk.challenger, rates={**RATES, "refused": rate}) for rate in (0.04, 0.3))
     assert worse_than_before(watch(fresh, good.serve(600), (), POLICY), {}) == ()
     assert worse_than_before(watch(fresh, bad.serve(600), (), POLICY), {}) == ("refused",)
 
@@ -138,7 +125,7 @@ def store(tmp_path):
     return store
 
 
-def write(store: Store, talk: Talk, count: int) -> None:
+def write(store: Store, talk: Production, count: int) -> None:
     log = DayLog(store.root / "traces", Trace)
     for trace in talk.serve(count):
         log.append(trace, at_s=trace.started_s)
@@ -146,7 +133,7 @@ def write(store: Store, talk: Talk, count: int) -> None:
 
 
 def test_one_look_reads_judges_and_reports(store):
-    talk = Talk(seed=9)
+    talk = talk_of(9)
     clock = lambda: talk.now_s  # noqa: E731
     watcher = Watcher(store, POLICY, clock=clock)
     write(store, talk, 600)
@@ -179,7 +166,7 @@ Watcher(Store(Path(sys.argv[1])), POLICY, clock=lambda: 1.8e9).look()
 
 @pytest.mark.parametrize("site", ["monitor-before-save:1", "monitor-after-save:1"])
 def test_killed_inside_a_look_nothing_counts_twice(store, site):
-    talk = Talk(seed=10)
+    talk = talk_of(10)
     write(store, talk, 500)
     script = LOOK.format(root=str(ROOT), tests=str(ROOT / "tests"))
     command = [sys.executable, "-c", script, str(store.root)]
