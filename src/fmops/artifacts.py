@@ -54,7 +54,8 @@ class Corpus(Artifact):
 
     Files: `train/*.parquet` (columns `input_ids`: list<int32>, `lengths`: list<int32>, the token count of each
     document piece in the block, in order, summing to len(input_ids)); `held_out/new.jsonl` and `held_out/old.jsonl`
-    (rows `id`, `text`, `source`); `documents.jsonl` (one row a kept document: `id`, `source`, `sha256`, `tokens`).
+    (rows `id`, `text`, `source`); `documents.jsonl` (one row a kept document: `id`, `source`, `sha256`, `tokens`); `contaminated.jsonl` (rows `task`, `sample`: the benchmark items that
+    the raw documents held).
     """
 
     kind: ClassVar[str] = "corpus"
@@ -76,7 +77,8 @@ class Corpus(Artifact):
 
 
 class Conversations(Artifact):
-    """Dialogues for instruction tuning: `train.jsonl`, `held_out.jsonl` (rows `id`, `source`, `messages`)."""
+    """Dialogues for instruction tuning: `train.jsonl`, `held_out.jsonl` (rows `id`, `source`, `messages`),
+    `contaminated.jsonl` as in a corpus."""
 
     kind: ClassVar[str] = "conversations"
     conversations: int
@@ -86,7 +88,7 @@ class Conversations(Artifact):
 
 
 class Preferences(Artifact):
-    """Pairs for alignment: `train.jsonl`, `held_out.jsonl`.
+    """Pairs for alignment: `train.jsonl`, `held_out.jsonl`, `contaminated.jsonl` as in a corpus.
 
     Rows: `id`, `source`, `prompt` (messages, the last one from the user), `chosen`, `rejected` (assistant text).
     """

@@ -59,6 +59,12 @@ def test_recall_of_copies_inside_documents(change: object, least: float) -> None
     assert found / len(benchmark) >= least
 
 
+def test_a_document_of_many_items_names_them_all() -> None:
+    benchmark = items(30, seed=6)
+    index = Contamination((f"task/{number}", item) for number, item in enumerate(benchmark))
+    assert index.held("\n".join(reversed(benchmark[:12]))) == [f"task/{number}" for number in range(11, -1, -1)]
+
+
 def test_clean_documents_are_not_flagged() -> None:
     index = Contamination(("task", item) for item in items(3000, seed=2))
     assert [text[:40] for text in HAY if index.find(text)] == []
@@ -107,7 +113,12 @@ def test_curation_drops_contaminated_documents_and_names_the_task(
     (tmp_path / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     folder = tmp_path / "benchmarks" / "items"
     folder.mkdir(parents=True)
-    (folder / "quiz.jsonl").write_text("".join(json.dumps({"id": "1", "question": item}) + "\n" for item in leaked))
+    (folder / "quiz.jsonl").write_text(
+        "".join(
+            json.dumps({"id": f"quiz-{at}", "question": item}) + "\n"
+            for at, item in enumerate([*leaked, *items(2, seed=9)])
+        )
+    )
     corpus = curate(
         CurateJob(curate=Curate(quality=False), corpora={"new": CorpusPart()}),
         base=Checkpoint(path=tiny_model.parent, stage="base", parameters=1, trained_tokens=0),
@@ -119,6 +130,8 @@ def test_curation_drops_contaminated_documents_and_names_the_task(
     contaminated = next(each for each in corpus.dropped if each.step == "contaminated")
     assert contaminated.documents == 3
     assert contaminated.examples[0].startswith("new/new.jsonl:3 (quiz): ")
+    listed = [json.loads(line) for line in (corpus.path / "contaminated.jsonl").read_text().splitlines()]
+    assert listed == [{"sample": f"quiz-{at}", "task": "quiz"} for at in range(3)]
 
 
 def test_quotations_find_a_shared_section_and_not_a_shared_phrase() -> None:

@@ -150,7 +150,7 @@ def _steps(groups: list[list[InputFile]], rules: Rules, *, out: Path, progress: 
         steps.append(_InLanguage(rules.language, exclusion_writer=_Exclusions("language", ledger)))
     if rules.quality:
         steps += _quality(_Exclusions("quality", ledger))
-    steps.append(_Uncontaminated(rules.contamination, exclusion_writer=_Exclusions("contaminated", ledger)))
+    steps.append(_Uncontaminated(rules.contamination, ledger))
     steps.append(_Writer(out, ledger))
     return steps
 
@@ -282,13 +282,14 @@ class _InLanguage(BaseFilter):  # type: ignore[misc]
 class _Uncontaminated(BaseFilter):  # type: ignore[misc]
     name = "not in a benchmark"
 
-    def __init__(self, contamination: Contamination, *, exclusion_writer: _Exclusions) -> None:
-        super().__init__(exclusion_writer)
-        self._contamination = contamination
+    def __init__(self, contamination: Contamination, ledger: Ledger) -> None:
+        super().__init__(_Exclusions("contaminated", ledger))
+        self._contamination, self._ledger = contamination, ledger
 
     def filter(self, document: Document) -> bool | tuple[bool, str]:
-        task = self._contamination.find(document.text)
-        return True if task is None else (False, task)
+        held = self._contamination.held(document.text)
+        self._ledger.items.update(held)
+        return (False, held[0].partition("/")[0]) if held else True
 
 
 class _Writer:
@@ -316,6 +317,11 @@ class _Writer:
                 signatures.write(record(key, words))
                 redactions.update(document.metadata.get("redactions", {}))
                 yield document
-        content = {"dropped": self._ledger.counts, "examples": self._ledger.examples, "redactions": redactions}
+        content = {
+            "dropped": self._ledger.counts,
+            "examples": self._ledger.examples,
+            "items": sorted(self._ledger.items),
+            "redactions": redactions,
+        }
         fault_site("curate-group")
         base.with_suffix(".json").write_text(json.dumps(content, sort_keys=True))

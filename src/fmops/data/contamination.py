@@ -1,6 +1,6 @@
 """Benchmark items must not be trained on.
 
-Enters: the items of every benchmark. Leaves: for a text, the task whose item it holds, or nothing.
+Enters: the items of every benchmark. Leaves: for a text, the items that it holds, by label.
 Refuses: items of fewer than five words; they say nothing that ordinary text does not say too.
 """
 
@@ -39,56 +39,56 @@ class Contamination:
     """
 
     def __init__(self, fields: Iterable[tuple[str, str]]) -> None:
-        """`fields`: pairs of task name and item text."""
-        counted: Counter[tuple[str, ...]] = Counter()
-        tasks: dict[tuple[str, ...], str] = {}
-        for task, text in fields:
+        """`fields`: pairs of label (`task` or `task/item`) and item text."""
+        labels: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for label, text in fields:
             words = tuple(comparable_words(text))
             if len(words) >= SHORTEST_ITEM:
-                counted[words] += 1
-                tasks.setdefault(words, task)
-        self._tasks: list[str] = []
-        self._verbatim: dict[str, int] = {}
+                labels[words].append(label)
+        self._labels: list[list[str]] = []
+        self._verbatim: dict[str, list[int]] = defaultdict(list)
         items: dict[str, list[int]] = defaultdict(list)
-        for words, repeats in counted.items():
-            if repeats < _COMMON_FIELD:
-                self._add(words, tasks[words], items)
+        for words, named in labels.items():
+            if len(named) < _COMMON_FIELD:
+                self._add(words, named, items)
         self._lengths = sorted({len(copy.split()) for copy in self._verbatim})
         self._starts = {" ".join(copy.split()[:SHINGLE_WORDS]) for copy in self._verbatim}
         self._items = {shingle: found for shingle, found in items.items() if len(found) < _COMMON_SHINGLE}
         telling = Counter(item for found in self._items.values() for item in found)
-        self._needed = [max(FEWEST_SHINGLES, math.ceil(CONTAINED * telling[item])) for item in range(len(self._tasks))]
+        self._needed = [max(FEWEST_SHINGLES, math.ceil(CONTAINED * telling[item])) for item in range(len(self._labels))]
 
-    def _add(self, words: tuple[str, ...], task: str, items: dict[str, list[int]]) -> None:
-        item = len(self._tasks)
-        self._tasks.append(task)
+    def _add(self, words: tuple[str, ...], labels: list[str], items: dict[str, list[int]]) -> None:
+        item = len(self._labels)
+        self._labels.append(labels)
         for copy in _shingles(words, min(VERBATIM_WORDS, len(words))):
-            self._verbatim.setdefault(copy, item)
+            self._verbatim[copy].append(item)
         # Of a short item a part is no evidence: it counts as copied only word for word.
         if len(words) >= VERBATIM_WORDS:
             for shingle in set(_shingles(words, SHINGLE_WORDS)):
                 items[shingle].append(item)
 
-    def find(self, text: str) -> str | None:
-        """The task of which `text` holds an item, or None."""
-        if not self._tasks:
-            return None
+    def held(self, text: str) -> list[str]:
+        """The labels of all items that `text` holds, those copied word for word first."""
+        if not self._labels:
+            return []
         words = comparable_words(text)
+        found: dict[int, None] = {}
         hits: Counter[int] = Counter()
         seen: set[str] = set()
         for start, shingle in enumerate(_shingles(words, SHINGLE_WORDS)):
             if shingle in self._starts:
                 for length in self._lengths:
-                    item = self._verbatim.get(" ".join(words[start : start + length]))
-                    if item is not None:
-                        return self._tasks[item]
+                    found.update(dict.fromkeys(self._verbatim.get(" ".join(words[start : start + length]), ())))
             if shingle not in seen and shingle in self._items:
                 seen.add(shingle)
                 hits.update(self._items[shingle])
-        for item, count in hits.items():
-            if count >= self._needed[item]:
-                return self._tasks[item]
-        return None
+        found.update(dict.fromkeys(item for item, count in hits.items() if count >= self._needed[item]))
+        return list(dict.fromkeys(label for item in found for label in self._labels[item]))
+
+    def find(self, text: str) -> str | None:
+        """The task of which `text` holds an item, or None."""
+        held = self.held(text)
+        return held[0].partition("/")[0] if held else None
 
 
 class Quotations:
@@ -119,17 +119,26 @@ def read_contamination(benchmarks: Path | None) -> Contamination:
     return Contamination(_fields(benchmarks) if benchmarks else ())
 
 
+def write_contaminated(labels: Iterable[str], path: Path) -> None:
+    """List the benchmark items that the raw data held: rows `task`, `sample`. The gate judges without them."""
+    with path.open("w", encoding="utf-8") as lines:
+        for label in sorted(set(labels)):
+            task, _, sample = label.partition("/")
+            lines.write(json.dumps({"sample": sample, "task": task}, sort_keys=True) + "\n")
+
+
 def _fields(benchmarks: Path) -> Iterator[tuple[str, str]]:
     for path in sorted((benchmarks / "items").glob("*.jsonl")):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                texts = list(_strings(json.loads(line)))
+                item = json.loads(line)
+                texts = list(_strings(item))
                 long = [text for text in texts if len(text.split()) >= VERBATIM_WORDS]
                 # Without a long field the longest is the item, its answers are phrases that any text may hold; and an
                 # item of short fields only (a pair of words) is known by all of them together.
                 longest = max(texts, key=lambda text: len(text.split()), default="")
                 for text in long or [longest if len(longest.split()) >= SHORTEST_ITEM else " ".join(texts)]:
-                    yield path.stem, text
+                    yield f"{path.stem}/{item['id']}", text
 
 
 def _strings(value: Any) -> Iterator[str]:

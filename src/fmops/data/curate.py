@@ -18,7 +18,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus, Dropped, Source
-from fmops.data.contamination import Quotations, read_contamination
+from fmops.data.contamination import Quotations, read_contamination, write_contaminated
 from fmops.data.pack import Piece, Stream, cut, mix, pack, shares
 from fmops.data.spool import Spool
 from fmops.data.text import opening
@@ -71,6 +71,7 @@ def curate(
     _require_documents(spool)
     for domain, documents in held_out.items():
         _write_held_out(spool, documents, out / "held_out" / f"{domain}.jsonl")
+    write_contaminated(spool.ledger.items, out / "contaminated.jsonl")
     fault_site("curate-split")
     weights = shares(
         {name: config.corpora[name].weight for name in names}, {name: spool.characters(name) for name in names}

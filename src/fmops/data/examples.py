@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fmops.artifacts import Benchmarks, Dropped, Source
-from fmops.data.contamination import read_contamination
+from fmops.data.contamination import read_contamination, write_contaminated
 from fmops.data.read import Unreadable, read_rows
 from fmops.data.spool import Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
@@ -110,9 +110,10 @@ def keep_examples(
                 kept.ledger.add("exact-duplicate", f"{place}: {opening(example.asked)}")
                 continue
             seen.add(key)
-            task = next(filter(None, map(contamination.find, (example.asked, *example.texts))), None)
-            if task is not None:
-                kept.ledger.add("contaminated", f"{place} ({task}): {opening(example.asked)}")
+            held = [label for text in (example.asked, *example.texts) for label in contamination.held(text)]
+            if held:
+                kept.ledger.items.update(held)
+                kept.ledger.add("contaminated", f"{place} ({held[0].partition('/')[0]}): {opening(example.asked)}")
                 continue
             kept.redactions.update(redactions)
             row = {"id": place, "source": source_name(place), **example.row}
@@ -121,6 +122,7 @@ def keep_examples(
             (held_out if chosen else train).write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
             kept.held_out += chosen
             kept.train += not chosen
+    write_contaminated(kept.ledger.items, out / "contaminated.jsonl")
     context.progress(kept.train + kept.held_out, kept.train + kept.held_out, unit="examples")
     if not kept.train:
         reasons = "; ".join(f"{item.step} {item.documents} (e.g. {item.examples[:1]})" for item in kept.dropped)

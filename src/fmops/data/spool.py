@@ -37,6 +37,8 @@ class Ledger:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    items: set[str] = field(default_factory=set)
+    """Labels of the benchmark items that were found, whatever held them."""
 
     def add(self, step: str, example: str) -> None:
         self.counts[step] += 1
@@ -70,6 +72,7 @@ class Spool:
         report = json.loads(base.with_suffix(".json").read_bytes())
         self.redactions.update(report["redactions"])
         self.ledger.counts.update(report["dropped"])
+        self.ledger.items.update(report["items"])
         for step, examples in report["examples"].items():
             kept = self.ledger.examples.setdefault(step, [])
             kept.extend(examples[: EXAMPLES - len(kept)])
