@@ -69,7 +69,7 @@ class ReleaseJob(Frozen):
     """What is released, which engine must agree with the trainer, and where everything came from."""
 
     name: str
-    engine: str = "transformers"
+    engine: str = "auto"
     base: str | None = Field(None, description="The base model's URI.")
     data: dict[str, Origin] = Field(
         default={}, description="By the key under `data`: `corpora.<name>`, `conversations`, `preferences`."

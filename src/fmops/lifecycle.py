@@ -157,7 +157,9 @@ class Gate(Frozen):
 class Serve(Frozen):
     """How the champion is served."""
 
-    engine: Literal["auto", "transformers"] = "auto"
+    engine: Literal["auto", "transformers", "openvino", "vllm", "llama.cpp"] = Field(
+        "auto", description="`auto` takes the one that needs least and carries the load on this device."
+    )
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
     max_tokens: int = Field(2048, ge=1, description="Most tokens a request may hold, prompt and answer together.")
@@ -211,10 +213,24 @@ class Monitor(Frozen):
     cool_down_hours: float = Field(24, ge=0, description="After an alarm the same signal is silent for so long.")
 
 
+class Loop(Frozen):
+    """When a round begins by itself: from the champion, over what is new, gated and rolled out like any other."""
+
+    rounds_per_week: int = Field(2, ge=0, description="Automatic rounds in any seven days; 0 leaves it to people.")
+    cool_down_hours: float = Field(24, ge=0, description="Between the end of a round and the next automatic one.")
+    approval: bool = Field(False, description="A round waits for `fmops loop --approve` before it trains.")
+    new_files: int = Field(1, ge=1, description="New files in the train corpora that start a round.")
+    new_examples: int = Field(50, ge=1, description="New corrections, or preference pairs, that start a round.")
+    every_days: float | None = Field(None, gt=0, description="A round at least so often, if there is anything new.")
+
+
 class Runtime(Frozen):
     """How it runs here. No part of any artifact's identity."""
 
     threads: int | None = Field(None, ge=1, description="Left out: every core this process may use.")
+    processes: int = Field(
+        1, ge=1, description="That share an evaluation; each takes `threads` threads and memory for the model."
+    )
     dollars_per_hour: float = Field(0.0, ge=0, description="Price of this machine; `fmops plan` and the report use it.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of training arithmetic; `auto` measures once and takes bfloat16 where it is faster."
@@ -237,6 +253,7 @@ class Lifecycle(Frozen):
     serve: Serve = Serve()
     rollout: Rollout = Rollout()
     monitor: Monitor = Monitor()
+    loop: Loop = Loop()
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ PACKAGE = SOURCE / "fmops"
 ROOMS = ("data", "pretraining", "finetuning", "evaluation", "deployment", "feedback")
 FRAMEWORKS = {
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "datatrove", "lm_eval", "mlflow", "dagster",
-    "ray", "pyarrow", "rensa", "py3langid", "gguf", "safetensors", "tokenizers",
+    "ray", "pyarrow", "openvino", "openvino_genai", "vllm", "rensa", "py3langid", "gguf", "safetensors", "tokenizers",
 }  # fmt: skip
 
 

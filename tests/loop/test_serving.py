@@ -51,7 +51,7 @@ def running(engine):
 
 @pytest.fixture(scope="module")
 def server(tiny_model):
-    engine = load_engine("auto", tiny_model, max_tokens=512, threads=1)
+    engine = load_engine("transformers", tiny_model, max_tokens=512, threads=1)
     with running(engine) as box:
         yield box
     engine.close()
@@ -66,10 +66,12 @@ def client(server):
 class ScriptedEngine:
     """A double whose tokens come when the test says so."""
 
-    name, slots, context_tokens, end_tokens, has_template = "scripted", 2, 100, frozenset({0}), True
+    name, slots, alternatives, tolerance = "scripted", 2, 20, 0.0
+    context_tokens, end_tokens, has_template = 100, frozenset({0}), True
 
     def __init__(self):
         self.failure = None
+        self.tokenizer = self
         self.emits, self.cancelled = [], []
         self.arrived = threading.Semaphore(0)
 
@@ -133,7 +135,7 @@ def test_a_completion_streams_what_it_answers_at_once(client):
 
 
 def test_a_completion_takes_token_ids(client, server):
-    ids = server.service.engine.encode("def f(")
+    ids = server.service.engine.tokenizer.encode("def f(")
     by_ids, by_text = (
         client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=8)
         for prompt in (ids, "def f(")

@@ -112,4 +112,6 @@ def test_serving_verifies_before_it_loads(folder):
 def test_serving_refuses_an_engine_that_parity_was_not_proved_on(tmp_path):
     folder = Folder(tmp_path, PASSED.model_copy(update={"engine": "vllm"}))
     with pytest.raises(FmopsError, match="certified on the engine 'vllm', the spec serves with 'transformers'"):
-        serve(released(folder), Serve(port=0), files=folder.files, threads=1, version="tiny@0123")
+        serve(
+            released(folder), Serve(port=0, engine="transformers"), files=folder.files, threads=1, version="tiny@0123"
+        )

@@ -16,17 +16,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from fmops.adapters.sampling import choose
+from fmops.adapters.serving_tokenizer import ServingTokenizer, finish_of
 from fmops.adapters.slot_attention import SlotCache, register
-from fmops.adapters.token_bytes import token_bytes
-from fmops.deployment.serving.engine import Emit, EngineError, Generation, Message, PromptError, Token
+from fmops.deployment.serving.engine import ALTERNATIVES, Emit, EngineError, Generation, Token
 from fmops.deployment.serving.text import TextStream
 from fmops.errors import FmopsError
 
@@ -59,16 +58,16 @@ class TransformersEngine:
 
     name = "transformers"
     slots = SLOTS
+    alternatives = ALTERNATIVES
+    tolerance = 1e-3
+    """Two orders of summation in float32 differ by about 1e-5."""
+    batch_tolerance = 0.0
 
     def __init__(self, folder: Path, *, max_tokens: int, threads: int) -> None:
         transformers_logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self._tokenizer_lock = threading.Lock()
+        self.tokenizer = ServingTokenizer(folder, max_tokens=max_tokens)
         self._model = _load_model(folder)
-        self.context_tokens = min(max_tokens, self._model.config.get_text_config().max_position_embeddings)
-        self.has_template = bool(self._tokenizer.chat_template)
-        self.end_tokens = _end_tokens(self._tokenizer, self._model)
         self._waiting: deque[_Stream] = deque()
         self._running: list[_Stream | None] = [None] * SLOTS
         self._work = threading.Condition()
@@ -82,34 +81,15 @@ class TransformersEngine:
     def failure(self) -> str | None:
         return self._failure
 
-    def render(self, messages: Sequence[Message]) -> str:
-        text: str = self._template(messages, tokenize=False)
-        return text
-
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        # Without sanitizing, a user who writes <|im_start|>system opens a turn of his own.
-        ids: list[int] = self._template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
-        return ids
-
-    def encode(self, text: str) -> list[int]:
-        with self._tokenizer_lock:
-            ids: list[int] = self._tokenizer.encode(text)
-        return ids
-
-    def token_text(self, token: int) -> tuple[str, bytes]:
-        with self._tokenizer_lock:
-            raw = token_bytes(self._tokenizer, token)
-        return raw.decode("utf-8", errors="replace"), raw
-
     def submit(self, generation: Generation, emit: Emit) -> Callable[[], None]:
-        self._check(generation)
+        self.tokenizer.check(generation, alternatives=ALTERNATIVES)
         random = torch.Generator()
         if generation.seed is None:
             random.seed()
         else:
             random.manual_seed(generation.seed)
         cache = SlotCache(len(generation.prompt) + generation.max_tokens)
-        stream = _Stream(generation, emit, TextStream(self._decode, generation.stop), random, cache)
+        stream = _Stream(generation, emit, TextStream(self.tokenizer.decode, generation.stop), random, cache)
         with self._work:
             if self._failure or self._closing:
                 raise EngineError(self._failure or "the engine is closed")
@@ -131,33 +111,6 @@ class TransformersEngine:
         """Read two tokens: a model that this engine cannot compute is refused at load, not at the first request."""
         with torch.inference_mode():
             self._forward(torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None], [SlotCache(2)])
-
-    def _check(self, generation: Generation) -> None:
-        total = len(generation.prompt) + generation.max_tokens
-        if not generation.prompt or generation.max_tokens < 1:
-            raise PromptError("a request needs at least one prompt token and one token to generate")
-        if total > self.context_tokens:
-            raise PromptError(
-                f"{len(generation.prompt)} prompt tokens and {generation.max_tokens} to generate exceed the context "
-                f"of {self.context_tokens} tokens"
-            )
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        if not (min(generation.prompt) >= 0 and max(generation.prompt) < vocabulary):
-            raise PromptError(f"a prompt token is outside the vocabulary of {vocabulary} tokens")
-
-    def _template(self, messages: Sequence[Message], **options: Any) -> Any:
-        if not self.has_template:
-            raise PromptError("this model has no chat template; use /v1/completions")
-        try:
-            with self._tokenizer_lock:
-                return self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
-        except (TemplateError, ValueError) as error:
-            raise PromptError(f"the chat template refuses these messages: {error}") from error
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        with self._tokenizer_lock:
-            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
     def _loop(self) -> None:
         """The engine's thread: admit, read one piece of a prompt, advance every answer by a token."""
@@ -234,19 +187,15 @@ class TransformersEngine:
         token, logprob, top = choose(logits, stream.generation, stream.random)
         stream.next_token = token
         stream.produced += 1
-        ended = token in self.end_tokens
+        ended = token in self.tokenizer.end_tokens
         text = "" if ended else stream.text.push(token)
         last = ended or stream.text.stopped or stream.produced == stream.generation.max_tokens
         if last:
             text += stream.text.finish()
             self._running[slot] = None
-        finish = _finish(stopped=ended or stream.text.stopped) if last else None
+        finish = finish_of(stopped=ended or stream.text.stopped) if last else None
         if not stream.cancelled:
             stream.emit(Token(id=token, text=text, logprob=logprob, top=top, finish=finish))
-
-
-def _finish(*, stopped: bool) -> Literal["stop", "length"]:
-    return "stop" if stopped else "length"
 
 
 def _load_model(folder: Path) -> Any:
@@ -258,13 +207,3 @@ def _load_model(folder: Path) -> Any:
     except ValueError as error:
         raise FmopsError(f"the Transformers engine cannot serve {folder.name}: {error}") from error
     return model.eval()
-
-
-def _end_tokens(tokenizer: Any, model: Any) -> frozenset[int]:
-    """What the model's generation settings, the tokenizer and its padding name as an end.
-
-    Padding counts: a model trained on documents separated by it would otherwise start a new document.
-    """
-    stated = model.generation_config.eos_token_id
-    ends = stated if isinstance(stated, list) else [stated]
-    return frozenset(i for i in (*ends, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None)

@@ -21,8 +21,6 @@ from fmops.deployment.serving.engine import Engine, Generation, Message, Token, 
 if TYPE_CHECKING:
     from fmops.adapters.transformers_reference import Reference, Step
 
-TOLERANCE = 1e-3
-"""Largest difference of log-probabilities, in nats, in float32. Two orders of summation differ by about 1e-5."""
 GREEDY_TOKENS = 32
 ALTERNATIVES = 5
 CONTEXT_TOKENS = 1024
@@ -84,19 +82,21 @@ def check_parity(
     """Compare trainer and server on token ids, chat template, greedy tokens and log-probabilities.
 
     The trainer judges the server's own tokens in one full pass: each must be the trainer's likeliest, or tie with it
-    within the tolerance; and all log-probabilities that the server states must agree. One model is in memory at a time.
+    within the engine's tolerance; and all log-probabilities that the server states must agree. One model is in memory
+    at a time.
     """
     from fmops.adapters.transformers_reference import Reference
 
     server = load_engine(engine, release_model, max_tokens=CONTEXT_TOKENS, threads=threads)
     try:
         served = _serve_probes(server)
-        name, ends, server_chats = server.name, server.end_tokens, server.has_template
+        name, tolerance = server.name, server.tolerance
+        ends, server_chats = server.tokenizer.end_tokens, server.tokenizer.has_template
     finally:
         server.close()
     trainer = Reference(checkpoint_model, threads=threads)
-    probes = tuple(_judge(trainer, probe, ends) for probe in served)
-    reasons = [reason for probe in probes for reason in _reasons(probe)]
+    probes = tuple(_judge(trainer, probe, ends, tolerance=tolerance) for probe in served)
+    reasons = [reason for probe in probes for reason in _reasons(probe, tolerance=tolerance)]
     if server_chats != trainer.has_template:
         reasons.append("one of trainer and server has a chat template, the other has none")
     parity = Parity(
@@ -107,7 +107,7 @@ def check_parity(
         template_equal=all(probe.template_equal for probe in probes) and server_chats == trainer.has_template,
         greedy_equal=all(probe.greedy_equal for probe in probes),
         max_logprob_difference=max(probe.logprob_difference for probe in probes),
-        tolerance=TOLERANCE,
+        tolerance=tolerance,
         reasons=tuple(reasons),
     )
     return parity, probes
@@ -115,17 +115,17 @@ def check_parity(
 
 def _serve_probes(server: Engine) -> list[_Served]:
     """Answer every probe, side by side, as real requests would be."""
-    room = server.context_tokens - GREEDY_TOKENS
+    room = server.tokenizer.context_tokens - GREEDY_TOKENS
     prepared: list[tuple[str, str | None, list[int]]] = []
-    if server.has_template:
+    if server.tokenizer.has_template:
         for name, messages in CHAT_PROBES.items():
-            prepared.append((f"chat/{name}", server.render(messages), server.encode_chat(messages)))
+            prepared.append((f"chat/{name}", server.tokenizer.render(messages), server.tokenizer.encode_chat(messages)))
     for name, text in PLAIN_PROBES.items():
-        prepared.append((f"plain/{name}", None, server.encode(text)))
+        prepared.append((f"plain/{name}", None, server.tokenizer.encode(text)))
     prompts = [ids[-room:] for _, _, ids in prepared]
+    stated = min(ALTERNATIVES, server.alternatives)
     answers = generate_all(
-        server,
-        [Generation(prompt=tuple(ids), max_tokens=GREEDY_TOKENS, top_logprobs=ALTERNATIVES) for ids in prompts],
+        server, [Generation(prompt=tuple(ids), max_tokens=GREEDY_TOKENS, top_logprobs=stated) for ids in prompts]
     )
     return [
         _Served(name=name, rendered=rendered, ids=ids, prompt=prompt, answer=answer)
@@ -133,7 +133,7 @@ def _serve_probes(server: Engine) -> list[_Served]:
     ]
 
 
-def _judge(trainer: Reference, served: _Served, ends: frozenset[int]) -> Probe:
+def _judge(trainer: Reference, served: _Served, ends: frozenset[int], *, tolerance: float) -> Probe:
     kind, _, name = served.name.partition("/")
     if kind == "chat":
         messages = CHAT_PROBES[name]
@@ -150,7 +150,7 @@ def _judge(trainer: Reference, served: _Served, ends: frozenset[int]) -> Probe:
         answer_tokens=len(answer),
         token_ids_equal=ids == served.ids,
         template_equal=template_equal,
-        greedy_equal=complete and all(step.best - step.logprob <= TOLERANCE for step in steps),
+        greedy_equal=complete and all(step.best - step.logprob <= tolerance for step in steps),
         logprob_difference=_difference(served.answer, steps),
         answer="".join(token.text for token in served.answer),
     )
@@ -171,7 +171,7 @@ def _difference(answer: Sequence[Token], steps: Sequence[Step]) -> float:
     return worst if math.isinf(worst) else math.ceil(worst * 1e4) / 1e4
 
 
-def _reasons(probe: Probe) -> list[str]:
+def _reasons(probe: Probe, *, tolerance: float) -> list[str]:
     reasons = []
     if not probe.token_ids_equal:
         reasons.append(f"{probe.name}: token ids differ")
@@ -179,8 +179,8 @@ def _reasons(probe: Probe) -> list[str]:
         reasons.append(f"{probe.name}: the rendered chat templates differ")
     if not probe.greedy_equal:
         reasons.append(f"{probe.name}: greedy tokens differ")
-    if probe.logprob_difference > TOLERANCE:
+    if probe.logprob_difference > tolerance:
         reasons.append(
-            f"{probe.name}: log-probabilities differ by {probe.logprob_difference:g}, tolerance {TOLERANCE:g}"
+            f"{probe.name}: log-probabilities differ by {probe.logprob_difference:g}, tolerance {tolerance:g}"
         )
     return reasons

@@ -15,6 +15,7 @@ from fmops.artifacts import Artifact, Checkpoint, GateDecision, Parity, Release
 from fmops.deployment.card import Evidence, data_list, facts, model_card
 from fmops.deployment.model_files import admit_model, bring
 from fmops.deployment.parity import Probe, check_parity
+from fmops.deployment.serving.engine import choose_engine
 from fmops.deployment.verify import PARITY
 from fmops.errors import EXIT_FAILED, FmopsError, GateRejected, NeedMoreData
 from fmops.faults import fault_site
@@ -63,7 +64,8 @@ def release(
         bring(path, out / "model" / path.name)
         context.progress(done, len(kept) + 1, unit="files")
     fault_site("release-after-copy")
-    parity, probes = check_parity(checkpoint.model, out / "model", engine=config.engine, threads=context.threads)
+    engine = choose_engine(config.engine, out / "model", parameters=checkpoint.parameters)
+    parity, probes = check_parity(checkpoint.model, out / "model", engine=engine, threads=context.threads)
     _write_parity(out, parity, probes)
     context.progress(len(kept) + 1, len(kept) + 1, unit="files")
     if not parity.passed:

@@ -152,7 +152,9 @@ class _Builder:
         self.add(
             "release",
             "release",
-            ReleaseJob(name=self.spec.name, base=self.spec.base, data=origins(self.spec)),
+            ReleaseJob(
+                name=self.spec.name, engine=self.spec.serve.engine, base=self.spec.base, data=origins(self.spec)
+            ),
             {},
             checkpoint=checkpoint,
             base="base",

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from fmops.artifacts import Release
 from fmops.deployment.serving.bodies import ChatBody, CompletionBody, RequestError, Sampling, parse_body
-from fmops.deployment.serving.engine import EngineError, Generation, PromptError, Token, engine_name, load_engine
+from fmops.deployment.serving.engine import EngineError, Generation, PromptError, Token, load_engine
 from fmops.deployment.serving.replies import Kind, Reply
 from fmops.deployment.serving.server import bind, run_server
 from fmops.deployment.serving.service import Answer, Service
@@ -50,7 +50,7 @@ def serve(
         FmopsError: the port is taken, or parity was proved on another engine than the one that would serve.
     """
     parity = verify_release(release.path, files)
-    engine = engine_name(config.engine)
+    engine = parity.engine if config.engine == "auto" else config.engine
     if parity.engine != engine:
         raise FmopsError(
             f"{version} was certified on the engine {parity.engine!r}, the spec serves with {engine!r}. "
@@ -130,9 +130,11 @@ class _Api:
             {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
             for turn in body.messages
         ]
-        prompt = await self._encode(lambda: self._service.engine.encode_chat(messages), "messages")
+        prompt = await self._encode(lambda: self._service.engine.tokenizer.encode_chat(messages), "messages")
         asked = (
-            body.max_completion_tokens or body.max_tokens or max(1, self._service.engine.context_tokens - len(prompt))
+            body.max_completion_tokens
+            or body.max_tokens
+            or max(1, self._service.engine.tokenizer.context_tokens - len(prompt))
         )
         top = (body.top_logprobs or 0) if body.logprobs else None
         return await self._answer(request, body, prompt, kind="chat", max_tokens=asked, top_logprobs=top)
@@ -143,7 +145,7 @@ class _Api:
         self._known(body.model)
         given = body.prompt
         prompt = (
-            await self._encode(lambda: self._service.engine.encode(given), "prompt")
+            await self._encode(lambda: self._service.engine.tokenizer.encode(given), "prompt")
             if isinstance(given, str)
             else list(given)
         )

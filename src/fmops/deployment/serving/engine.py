@@ -6,17 +6,29 @@ Refuses: an engine name that no adapter carries, and requests longer than the co
 
 from __future__ import annotations
 
+import json
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, Protocol
 
 from fmops.errors import EXIT_FAILED, FmopsError, unknown
 
-ENGINES = {"transformers": "fmops.adapters.transformers_engine:TransformersEngine"}
-DEFAULT_ENGINE = "transformers"
+ENGINES = {
+    "transformers": "fmops.adapters.transformers_engine:TransformersEngine",
+    "openvino": "fmops.adapters.openvino_engine:OpenVinoEngine",
+}
+READERS_PACE = 10.0
+"""Tokens a second that one client should get at least: twice as fast as people read."""
+BANDWIDTH = 1e10
+"""Bytes a second that a small machine's memory delivers; every weight is read once a token."""
+EIGHT_BIT_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""What can be written as GGUF here."""
+ALTERNATIVES = 20
+"""Most alternatives whose log-probabilities a request may ask for, in OpenAI's API."""
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`."""
@@ -64,19 +76,14 @@ Emit = Callable[[Token | EngineError], None]
 """Receives each token, from the engine's own thread; an error is the last call, as is a token with `finish`."""
 
 
-class Engine(Protocol):
-    """A loaded model. Methods may be called from any thread."""
+class Tokenizer(Protocol):
+    """The release's own tokenizer and chat template."""
 
-    name: str
     context_tokens: int
     """Most tokens of prompt and answer together."""
-    slots: int
-    """Requests that advance at once; others wait in order."""
     end_tokens: frozenset[int]
     """Token ids that end an answer."""
     has_template: bool
-
-    def __init__(self, folder: Path, *, max_tokens: int, threads: int) -> None: ...
 
     def render(self, messages: Sequence[Message]) -> str:
         """The chat template's text, ready for the assistant's turn. Raises PromptError."""
@@ -90,11 +97,28 @@ class Engine(Protocol):
     def token_text(self, token: int) -> tuple[str, bytes]:
         """One token as text (a piece of a character shows as U+FFFD) and as its bytes."""
 
+
+class Engine(Protocol):
+    """A loaded model. Methods may be called from any thread."""
+
+    name: str
+    slots: int
+    """Requests that advance at once; others wait in order."""
+    alternatives: int
+    """Most alternatives whose log-probabilities it can state beside the chosen token's."""
+    tolerance: float
+    """Nats by which its log-probabilities may differ from the trainer's, float32: parity is certified within it."""
+    batch_tolerance: float
+    """Nats by which the company of other requests may move them; 0: not by a bit."""
+    tokenizer: Tokenizer
+
+    def __init__(self, folder: Path, *, max_tokens: int, threads: int) -> None: ...
+
     def submit(self, generation: Generation, emit: Emit) -> Callable[[], None]:
         """Start a request; returns what cancels it. After a cancel nothing more needs to be emitted.
 
         Raises:
-            PromptError: prompt and answer together exceed `context_tokens`, or an id is no token.
+            PromptError: prompt and answer together exceed the context, an id is no token, or too many alternatives.
         """
 
     @property
@@ -105,9 +129,29 @@ class Engine(Protocol):
         """End the engine's thread and fail what is still running."""
 
 
-def engine_name(asked: str) -> str:
-    """The engine behind `auto`, or the one that was asked for."""
-    name = DEFAULT_ENGINE if asked == "auto" else asked
+def choose_engine(asked: str, folder: Path, *, parameters: int) -> str:
+    """The engine for a model folder, where `asked` is `auto`; else what was asked for.
+
+    On a GPU vLLM where it is installed. On a CPU the engine that needs least, Transformers in float32: nothing to
+    convert, and it computes what was evaluated. Its limit is memory: 4 bytes a weight and token. A model for which that
+    limit is below a reader's pace goes to OpenVINO, which reads a quarter of it, where that is installed and knows the
+    architecture.
+
+    Raises:
+        FmopsError: no engine of that name.
+    """
+    if asked != "auto":
+        return engine_name(asked)
+    if Path("/dev/nvidiactl").exists() and find_spec("vllm"):
+        return "vllm"
+    architecture = json.loads((folder / "config.json").read_bytes()).get("architectures", ["?"])[0]
+    slow = BANDWIDTH / (4 * parameters) < READERS_PACE
+    known = architecture in EIGHT_BIT_ARCHITECTURES and find_spec("openvino_genai") is not None
+    return "openvino" if slow and known else "transformers"
+
+
+def engine_name(name: str) -> str:
+    """The name itself, when there is such an engine."""
     if name not in ENGINES:
         raise unknown("engine", name, [*ENGINES, "auto"])
     return name

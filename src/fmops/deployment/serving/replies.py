@@ -95,11 +95,11 @@ class Reply:
         return {"content": content, "refusal": None}
 
     def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._engine.token_text(token)
+        text, raw = self._engine.tokenizer.token_text(token)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     def _text_logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        texts = [self._engine.token_text(token.id)[0] for token in tokens]
+        texts = [self._engine.tokenizer.token_text(token.id)[0] for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offset)
@@ -107,6 +107,6 @@ class Reply:
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._engine.token_text(i)[0]: v for i, v in token.top} for token in tokens],
+            "top_logprobs": [{self._engine.tokenizer.token_text(i)[0]: v for i, v in token.top} for token in tokens],
             "text_offset": offsets,
         }

@@ -13,8 +13,8 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from fmops.deployment.serving.bodies import ChatBody, CompletionBody
-from fmops.traces import Arm, Trace
 from fmops.redaction import redact
+from fmops.traces import Arm, Trace
 
 KEPT_CHARACTERS = 4_000
 MARGIN = 2_000
