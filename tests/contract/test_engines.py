@@ -100,9 +100,8 @@ def test_log_probabilities_are_the_models_own_before_temperature_and_nucleus(eng
 
 def test_the_text_is_the_decoded_tokens_and_ends_with_a_reason(engine):
     [answer] = generate_all(engine, [ask(engine, CHATS[0])])
-    raw = b"".join(
-        engine.tokenizer.token_text(token.id)[1] for token in answer if token.id not in engine.tokenizer.end_tokens
-    )
+    ends = engine.tokenizer.end_tokens
+    raw = b"".join(engine.tokenizer.token_text(token.id)[1] for token in answer if token.id not in ends)
     assert "".join(token.text for token in answer) == raw.decode("utf-8", errors="replace")
     assert [token.finish for token in answer[:-1]] == [None] * (len(answer) - 1)
     assert answer[-1].finish == ("stop" if answer[-1].id in ends else "length")
