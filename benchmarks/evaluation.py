@@ -65,7 +65,8 @@ def _choices(template: str, choices: Any = "{{choices}}") -> dict[str, Any]:
 
 
 CASES = {
-    "mc_5shot": Case("openbookqa", 300, 12, _choices(QUESTION), shots=5),
+    "mc_5shot": Case("openbookqa", 300, 24, _choices(QUESTION), shots=5),
+    "mc_5shot_mmlu": Case(f"{SOURCES}/MMLU/test.jsonl", 200, 12, _choices(QUESTION), shots=5),
     "mc_5shot_own": Case("openbookqa", 48, 12, _choices(QUESTION), shots=5, shared_shots=False),
     "mc_0shot": Case("commonsenseqa", 300, 48, _choices(QUESTION)),
     "mc_0shot_long_answers": Case("piqa", 200, 48, _choices(QUESTION)),
@@ -102,9 +103,11 @@ def documents(case: Case) -> list[dict[str, Any]]:
     """The case's items, and behind them as many more as few-shot examples are drawn from."""
     suite = load_suite("capability", root=Path()).tasks
     task = suite.get(case.source) or SuiteTask.model_validate(
-        {"source": case.source, "metrics": ["acc"], "key": "question", "config": {
-            "output_type": "generate_until", "doc_to_target": ""
-        }}
+        {
+            "source": case.source, "metrics": ["acc"], "key": "question",
+            "form": "lettered" if case.config["output_type"] == "multiple_choice" else "rows",
+            "config": {"output_type": "generate_until", "doc_to_target": ""},
+        }
     )  # fmt: skip
     assert task.source
     found = read_items(case.source, task, resolve(task.source, root=Path()))

@@ -59,7 +59,7 @@ STAGES: dict[str, Stage] = {
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint),
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint),
         Stage("align", "fmops.finetuning.align:align", Checkpoint),
-        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport),
+        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=2),
         Stage("gate", "fmops.evaluation.gate:gate", GateDecision),
         Stage("release", "fmops.deployment.release:release", Release, version=2),
     )
@@ -68,7 +68,7 @@ STAGES: dict[str, Stage] = {
 
 @dataclass
 class StageContext:
-    """What a stage may know beside its inputs: seed, threads, precision, and where to report.
+    """What a stage may know beside its inputs: seed, threads, processes, precision, and where to report.
 
     Reports are JSON lines: {"event": "progress"|"metrics"|"note", …}. The parent draws progress bars and logs metrics
     to the tracker from them; a stage run by hand prints them.
@@ -76,6 +76,8 @@ class StageContext:
 
     seed: int = 0
     threads: int = 1
+    processes: int = 1
+    """Processes that share an evaluation, of `threads` threads each (runtime, no identity)."""
     precision: str = "float32"
     """`auto`, `float32` or `bfloat16`: training arithmetic (runtime, no identity)."""
     cost: dict[str, float] = field(default_factory=dict)

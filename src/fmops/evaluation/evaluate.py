@@ -18,8 +18,8 @@ from fmops.errors import FmopsError
 from fmops.evaluation.items import choose
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.scoring import helpers, score
 from fmops.evaluation.statistics import clustered_mean
-from fmops.faults import fault_site
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 
@@ -51,8 +51,8 @@ def evaluate(
     Raises:
         FmopsError: a suite without documents, or scores that are no numbers.
     """
-    from fmops.adapters.lm_eval import VERSION, run_task
-    from fmops.adapters.lm_eval_scorer import SharedPrefixLM, versions
+    from fmops.adapters.lm_eval import VERSION
+    from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM, versions
 
     tasks = _tasks(config, benchmarks, corpus, seed=context.seed)
     work = _resume(out)
@@ -61,22 +61,15 @@ def evaluate(
     if not templated and any(task.chat for task, _ in tasks):
         context.note("the tokenizer has no chat template: prompts of chat tasks go in as they are")
     total = sum(task.items for task, _ in tasks)
-    rows: Rows = []
-    done = 0
-    for task, documents in tasks:
-        lm.journal = Journal(work / f"{task.task}.jsonl")
-        lm.on_progress = lambda share, task=task, done=done: context.progress(  # type: ignore[misc]
-            done + share * task.items, total, unit="items"
-        )
-        rows += run_task(lm, task, documents, chat=task.chat and templated)
-        done += task.items
-        fault_site("evaluate.task")
+    with helpers(context.processes - 1, checkpoint.model, tasks, work, threads=context.threads):
+        rows = score(lm, tasks, work, on_progress=lambda done: context.progress(done, total, unit="items"))
     lm.journal = Journal(work / "generations.jsonl")
     lm.on_progress = lambda _: None
     write_lines(out / "generations.jsonl", _generations(lm, corpus))
     protocol = Protocol(
         tasks=tuple(task for task, _ in tasks),
         engine={"lm-eval": VERSION, **versions(), "dtype": "float32", "batch": lm.batch_mode},
+        batch_tolerance=BATCH_TOLERANCE,
         template_sha256=hashlib.sha256(str(lm.tokenizer.chat_template).encode()).hexdigest() if templated else None,
         prompts_sha256=prompts_digest(rows),
         seed=context.seed,

@@ -41,6 +41,9 @@ class Protocol(Frozen):
     tasks: tuple[PinnedTask, ...]
     engine: dict[str, str]
     """Versions of the harness and the framework, dtype, batch mode."""
+    batch_tolerance: float = 0.0
+    """How far the log-likelihood of an answer may move with its company in a batch or the number of threads. A
+    difference between two evaluations that is no larger shows nothing about the weights."""
     template_sha256: str | None
     """Of the chat template; None when the tokenizer has none and prompts go in as they are."""
     prompts_sha256: str

@@ -54,6 +54,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         context = StageContext(
             seed=project.spec.seed,
             threads=project.threads,
+            processes=project.spec.runtime.processes,
             precision=project.spec.runtime.precision,
             stream=stream,
         )
