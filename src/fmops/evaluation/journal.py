@@ -23,7 +23,7 @@ class Journal:
     """Finished chunks by key. Every process appends to a file of its own and reads those of all."""
 
     def __init__(self, path: Path | None = None, *, worker: int = 0) -> None:
-        """`path` ends in `.jsonl`; worker 0 writes to it, the n-th to `<stem>.n.jsonl` beside it. None: memory only."""
+        """`path` ends in `.jsonl`: worker 0 writes there, the n-th to `<stem>.n.jsonl`. None: nothing is kept."""
         self._done: dict[str, Any] = {}
         self.path = self._group = path
         if path is None:
@@ -43,9 +43,9 @@ class Journal:
 
     def add(self, key: str, value: Any) -> None:
         """Keep a finished chunk, so that no process does it again."""
-        self._done[key] = value
         if self.path is None:
             return
+        self._done[key] = value
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
         with self.path.open("ab") as file:
             file.write(line)
