@@ -313,14 +313,10 @@ def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, wo
 @with_spec
 def monitor(once: bool, spec: Path, workspace: Path | None) -> None:
     """Watch the champion's answers: alarms with a stated rate of false ones, and a diagnosis."""
-    from fmops.deployment.monitoring.monitor import Watcher, describe, keep_looking
+    from fmops.deployment.monitoring.monitor import Watcher, keep_looking
 
     project = open_project(spec, workspace)
-    watcher = Watcher(project.store, project.spec.monitor)
-    if once:
-        click.echo(describe(watcher.look()))
-    else:
-        keep_looking(watcher, say=click.echo)
+    keep_looking(Watcher(project.store, project.spec.monitor), say=click.echo, once=once)
 
 
 @cli.command()

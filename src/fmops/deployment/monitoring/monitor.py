@@ -1,7 +1,7 @@
 """The monitor on disk: one look reads what is new, judges it, diagnoses, and writes a report.
 
 Enters: a workspace, the time. Leaves: `monitor.json` (state and cursors in one file), `drift/report.json`,
-`drift/alarms.jsonl`, `drift/metrics.prom`. Refuses: to begin anew after a restart; only a new release does that.
+`drift/alarms.jsonl`, `metrics/monitor.prom`. Refuses: to begin anew after a restart; only a new release does that.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Watcher:
             diagnosis=diagnose(findings),
         )
         write_atomically(report.path / "report.json", report.model_dump_json(indent=1) + "\n")
-        write_atomically(report.path / "metrics.prom", metrics_text(report, policy))
+        write_atomically(self._store.root / "metrics" / "monitor.prom", metrics_text(report, policy))
         if new > 0:
             with (report.path / "alarms.jsonl").open("a", encoding="utf-8") as log:
                 log.writelines(alarm.model_dump_json() + "\n" for alarm in state.alarms[-new:])
@@ -233,8 +233,11 @@ def _number(value: float) -> str:
     return f"{value:.6g}" if math.isfinite(value) else "NaN"
 
 
-def keep_looking(watcher: Watcher, *, say: Callable[[str], None], every_s: float = 60.0) -> None:
-    """Look every `every_s` seconds until SIGTERM or SIGINT; say only what has changed."""
+def keep_looking(watcher: Watcher, *, say: Callable[[str], None], once: bool = False, every_s: float = 60.0) -> None:
+    """Look once and say everything; or every `every_s` seconds until SIGTERM or SIGINT, and say what has changed."""
+    if once:
+        say(describe(watcher.look()))
+        return
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import get_args
 
 from pydantic import Field, ValidationError
 
@@ -22,6 +23,7 @@ from fmops.deployment.rollout.machine import (
     Action,
     MoveChampion,
     Order,
+    Phase,
     RolloutConflict,
     State,
     advance,
@@ -203,10 +205,32 @@ class Controller:
     def _save(self, saved: Saved) -> Saved:
         write_atomically(self._store.root / FILE, saved.model_dump_json() + "\n")
         fault_site("rollout-after-save")
+        write_atomically(self._store.root / "metrics" / "rollout.prom", metrics_text(saved))
         return saved
 
     def _locked(self) -> AbstractContextManager[None]:
         return locked(self._store.root / LOCK, wait_s=10)
+
+
+def metrics_text(saved: Saved) -> str:
+    """The rollout in Prometheus' text format, for a textfile collector or the gateway's /metrics."""
+    state, evidence = saved.state, saved.evidence
+    phases: tuple[str, ...] = get_args(Phase)
+    lines = ["# TYPE fmops_rollout_phase gauge"]
+    lines += [f'fmops_rollout_phase{{phase="{phase}"}} {int(phase == state.phase)}' for phase in phases]
+    lines += [
+        "# TYPE fmops_rollout_canary_share gauge",
+        f"fmops_rollout_canary_share {0.0 if state.phase in ENDED else _share(state, saved.policy):g}",
+        "# TYPE fmops_rollout_entered_seconds gauge",
+        f"fmops_rollout_entered_seconds {state.entered_s:.0f}",
+        "# HELP fmops_rollout_log_e Log e-value of a signal: of harm, and of being within the margin.",
+        "# TYPE fmops_rollout_log_e gauge",
+    ]
+    for name, signal in evidence.signals.items():
+        lines.append(f'fmops_rollout_log_e{{signal="{name}",test="harm"}} {signal.log_harm:.6g}')
+        lines.append(f'fmops_rollout_log_e{{signal="{name}",test="within margin"}} {signal.log_fine:.6g}')
+    lines.append(f'fmops_rollout_log_e{{signal="all",test="harm"}} {evidence.log_harm:.6g}')
+    return "\n".join(lines) + "\n"
 
 
 def _share(state: State, policy: Rollout) -> float:
