@@ -309,14 +309,15 @@ def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, wo
 
 
 @cli.command()
-@click.option("--once", is_flag=True, help="Look once and end (for cron). Default: look every minute.")
+@click.option("--once", is_flag=True, help="Look at the answers once and end (for cron).")
+@click.option("--port", type=int, help="Serve /health and /metrics to this machine there.")
 @with_spec
-def monitor(once: bool, spec: Path, workspace: Path | None) -> None:
-    """Watch the champion's answers: alarms with a stated rate of false ones, and a diagnosis."""
-    from fmops.deployment.monitoring.monitor import Watcher, keep_looking
+def monitor(once: bool, port: int | None, spec: Path, workspace: Path | None) -> None:
+    """Watch answers and rollout: alarms with a stated rate of false ones, a diagnosis (`fmops up` calls this)."""
+    from fmops.deployment.monitoring.process import run_monitor
 
     project = open_project(spec, workspace)
-    keep_looking(Watcher(project.store, project.spec.monitor), say=click.echo, once=once)
+    run_monitor(project.store, project.spec.monitor, once=once, port=port, say=click.echo)
 
 
 @cli.command()

@@ -31,7 +31,7 @@ INTERFACE = {
     "gateway": SPEC,
     "keys": (),
     "chat": ("--url", "--system", "--prompt", *SPEC),
-    "monitor": ("--once", *SPEC),
+    "monitor": ("--once", "--port", *SPEC),
     "rollout": ("action", "--release", "--why", *SPEC),
     "stage": ("name", "--fingerprint", *SPEC),
     "schema": (),

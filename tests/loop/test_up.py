@@ -70,7 +70,7 @@ def test_up_survives_the_death_of_its_supervisor_and_down_leaves_nothing(spec):
     assert not [secret for secret in secrets if secret in logs]
 
     ended = fmops("down", spec=spec)
-    assert ended.stdout.startswith("ended: gateway, engine release-")
+    assert ended.stdout.startswith("ended: gateway, monitor, engine release-")
     assert not [one.pid for one in again.processes if is_running(one.pid, one.created)]
     [trace] = DayLog(folder / "traces", Trace).read()[0]
     assert (trace.tenant, trace.release, trace.arm) == ("local", engine.release, "champion")

@@ -80,8 +80,11 @@ def supervise(project: Project) -> None:
         )
 
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    # What else should run beside them, a monitor or a console, has its line here: its URL must answer /health.
-    services = {"gateway": (f"http://{host}:{config.port}", _fmops(project, "gateway"))}
+    # What else should run beside them, a console, has its line here: its URL must answer /health.
+    services = {
+        "gateway": (f"http://{host}:{config.port}", _fmops(project, "gateway")),
+        "monitor": (f"http://127.0.0.1:{config.port + 2}", _fmops(project, "monitor", "--port", str(config.port + 2))),
+    }
     supervisor = Supervisor(root / FOLDER, RoutesFile(root / ROUTES), engine=engine, services=services)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.stop)
@@ -119,7 +122,8 @@ def _line(one: Running, arms: dict[str, str]) -> str:
     health = "up" if one.healthy else "not answering"
     again = f", restarted {one.restarts} times" if one.restarts else ""
     if one.release is None:
-        return f"{one.name:9} {one.url}/v1  {health}{again}"
+        page = "v1" if one.name == "gateway" else "metrics"
+        return f"{one.name:9} {one.url}/{page}  {health}{again}"
     return f"engine    {one.url}  {health}{again}, {one.release} ({arms.get(one.release, 'ending')})"
 
 

@@ -7,8 +7,6 @@ Enters: a workspace, the time. Leaves: `monitor.json` (state and cursors in one 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -231,21 +229,3 @@ def _counts(places: tuple[int, ...]) -> dict[int, int]:
 
 def _number(value: float) -> str:
     return f"{value:.6g}" if math.isfinite(value) else "NaN"
-
-
-def keep_looking(watcher: Watcher, *, say: Callable[[str], None], once: bool = False, every_s: float = 60.0) -> None:
-    """Look once and say everything; or every `every_s` seconds until SIGTERM or SIGINT, and say what has changed."""
-    if once:
-        say(describe(watcher.look()))
-        return
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    said = ""
-    while not ended.is_set():
-        report = watcher.look()
-        told = describe(report) if report.alarms or report.diagnosis else f"{report.release}: nothing found"
-        if told != said:
-            say(told)
-            said = told
-        ended.wait(every_s)
