@@ -199,6 +199,46 @@ def agreement(
     }  # fmt: skip
 
 
+def spread(lm: SharedPrefixLM, model: Any, *, scale: float) -> dict[str, Any]:
+    """How far log-likelihoods of the same answers lie from float64 ones, however they are batched, and on two threads.
+
+    Items of `mc_0shot_long_answers` and texts of `rolling`; the largest difference of an answer's sum, by kind.
+    """
+    found: dict[str, Any] = {}
+    for name, count in (("mc_0shot_long_answers", 60), ("rolling", 12)):
+        case = CASES[name]
+        items = [each for item in requests(name, case, lm)[: max(2, int(count * scale))] for each in item]
+        kind = case.config["output_type"].replace("multiple_choice", "loglikelihood")
+
+        def values(scorer: Any, *, alone: bool = False, items: Any = items, kind: str = kind) -> list[float]:
+            score = getattr(scorer, kind)
+            results = [score([each])[0] for each in items] if alone else score(items)
+            return [result[0] if isinstance(result, tuple) else result for result in results]
+
+        hf = {batch: HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=batch, device="cpu") for batch in (1, 8)}
+        sides = {"ours": values(lm), "ours, alone": values(lm, alone=True)}
+        torch.set_num_threads(2)
+        sides["ours, two threads"] = values(lm)
+        torch.set_num_threads(1)
+        sides |= {f"hf/{batch}": values(scorer) for batch, scorer in hf.items()}
+        model.double()
+        exact = values(
+            HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=1, device="cpu", softmax_dtype="float64")
+        )
+        model.float()
+        found[name] = {
+            "n": len(items), "mean_abs_value": statistics.mean(map(abs, exact)),
+            "largest_difference_from_float64": {
+                side: max(abs(a - b) for a, b in zip(each, exact, strict=True)) for side, each in sides.items()
+            },
+            "largest_difference_from_ours": {
+                side: max(abs(a - b) for a, b in zip(each, sides["ours"], strict=True))
+                for side, each in sides.items() if side != "ours"
+            },
+        }  # fmt: skip
+    return found
+
+
 def load(folder: Path) -> tuple[SharedPrefixLM, Any]:
     """Our scorer, and the model that `hf` gets: with Transformers' own attention."""
     lm = SharedPrefixLM(folder, threads=1)
@@ -206,10 +246,11 @@ def load(folder: Path) -> tuple[SharedPrefixLM, Any]:
     return lm, model
 
 
-def write(path: Path, model: str, found: dict[str, Any]) -> None:
+def write(path: Path, model: str, found: dict[str, Any], spread: dict[str, Any] | None = None) -> None:
     """Merge one model's cases into the results file, so that a long measurement can be made in parts."""
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
-    cases = report["models"].setdefault(model, {"cases": {}})["cases"] | found
+    before = report["models"].setdefault(model, {"cases": {}})
+    cases = before["cases"] | found
     exact = [case["max_abs_loglik_difference"] for name, case in cases.items() if name not in ("rolling",)
              and "max_abs_loglik_difference" in case]  # fmt: skip
     report["models"][model] = {
@@ -217,6 +258,7 @@ def write(path: Path, model: str, found: dict[str, Any]) -> None:
         "max_abs_loglik_difference": max(exact, default=None),
         "items_that_differ": sum(case["items_that_differ"] for case in cases.values()),
         "cases": dict(sorted(cases.items())),
+        "spread": spread or before.get("spread"),
     }
     report |= {
         "command": "python -m benchmarks.evaluation", "unit": "CPU seconds an item, one thread, float32",
@@ -240,11 +282,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=sorted(CASES), choices=sorted(CASES), metavar="CASE")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64], help="batch sizes of the hf backend")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--spread", action="store_true", help="measure rounding instead: batches, threads, float64")
     parser.add_argument("--quick", action="store_true", help="a tenth of the items, one round, no file")
     given = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm, model = load(given.model)
     path = RESULTS / f"evaluation-{datetime.now(UTC):%Y-%m-%d}.json"
+    if given.spread:
+        rounding = spread(lm, model, scale=0.1 if given.quick else 1)
+        print(json.dumps(rounding, indent=1))
+        if not given.quick:
+            write(path, given.name or given.model.name, {}, rounding)
+        return
     print(f"{'case':<22} {'items':>5} {'hf':>4} {'ours s/item':>11} {'hf s/item':>10} {'ratio':>6}  range, differences")
     for name in given.only:
         found = measure(

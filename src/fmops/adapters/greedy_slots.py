@@ -3,8 +3,8 @@
 Enters: prompts that a `TreeReader` reads, what ends an answer. Leaves: the tokens of each answer, as they finish.
 Refuses: nothing; what is asked for is checked where requests enter.
 
-Every decoding step has the same number of rows, filled or idle, and each row attends over a cache of its own: an
-answer takes the same arithmetic beside any others, so a resumed evaluation gives the same text.
+Each row attends over a cache of its own, and a matrix product computes a row alike beside four others or sixty (MKL,
+measured; see docs/log.md): an answer takes the same arithmetic in any company, so a resumed evaluation gives its text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from fmops.adapters.slot_attention import SlotCache
 from fmops.adapters.tree_reader import TreeReader
 
-ROWS = 32
-"""Rows of a decoding step, at most. A step costs about as much as 25 rows before the first one is counted."""
+ROWS = 64
+"""Answers of a decoding step, at most: a row costs 17 µs of a 1536 × 576 product there, 26 beside eight, 50 alone."""
+FULL_ROWS = 4
+"""Steps have a multiple of so many rows. Fewer than four take other kernels, which round differently."""
 
 
 @dataclass(eq=False)
@@ -44,34 +46,23 @@ def generate(
     `next_step` hands out a step's index and those of its requests that are wanted.
     `is_done` sees an answer's tokens after each one; `new_tokens` bounds them.
     """
-    rows = min(ROWS, -(-sum(len(step.spans) for step in reader.steps) // 8) * 8)
-    slots: list[Answer | None] = [None] * rows
+    running: list[Answer] = []
     waiting: deque[Answer] = deque()
     more = True
-    while True:
-        while more and len(waiting) < slots.count(None):
+    while more or running or waiting:
+        while more and len(running) + len(waiting) < ROWS:
             work = next_step()
             more = work is not None
             if work is not None:
                 waiting.extend(_prompted(reader, *work, new_tokens))
-        for slot, running in enumerate(slots):
-            while running is None and waiting:
-                running = waiting.popleft()
-                if _ended(running, is_done, new_tokens):
-                    yield running
-                    running = None
-            slots[slot] = running
-        if not any(slots):
-            if not more:
-                return
-            continue
-        for running, token in zip(slots, _advance(reader, slots), strict=True):
-            if running:
-                running.tokens.append(token)
-        for slot, running in enumerate(slots):
-            if running and _ended(running, is_done, new_tokens):
-                slots[slot] = None
-                yield running
+        while waiting and len(running) < ROWS:
+            running.append(waiting.popleft())
+        done = [answer for answer in running if _ended(answer, is_done, new_tokens)]
+        running = [answer for answer in running if answer not in done]
+        yield from done
+        if running and (len(running) == ROWS or not (more or waiting)):
+            for answer, token in zip(running, _advance(reader, running), strict=True):
+                answer.tokens.append(token)
 
 
 def _ended(answer: Answer, is_done: Callable[[list[int]], bool], new_tokens: int) -> bool:
@@ -81,6 +72,7 @@ def _ended(answer: Answer, is_done: Callable[[list[int]], bool], new_tokens: int
 def _prompted(reader: TreeReader, index: int, wanted: set[int], new_tokens: int) -> Iterator[Answer]:
     """Read a step's prompts; each becomes an answer of one token with a cache of its own."""
     step = reader.steps[index]
+    ends = step.ends()
     kept = sorted({span.places[-1] for span in step.spans})
     first = dict(zip(kept, reader.read(index, kept).argmax(-1).tolist(), strict=True))
     for span in step.spans:
@@ -88,20 +80,20 @@ def _prompted(reader: TreeReader, index: int, wanted: set[int], new_tokens: int)
             continue
         place = span.places[-1]
         room = step.start + step.depths[place] + 1 + new_tokens
-        yield Answer(span.request, index, reader.branch(index, place, room), [first[place]])
+        yield Answer(span.request, index, reader.branch(step.start, ends, place, room=room), [first[place]])
 
 
 @torch.inference_mode()
-def _advance(reader: TreeReader, slots: list[Answer | None]) -> list[int]:
-    """One more token for each answer; idle rows give any."""
-    tokens = torch.tensor([[answer.tokens[-1] if answer else 0] for answer in slots])
-    positions = torch.tensor([[answer.cache.length if answer else 0] for answer in slots])
-    caches = [answer.cache if answer else None for answer in slots]
+def _advance(reader: TreeReader, running: list[Answer]) -> list[int]:
+    """One more token for each answer."""
+    idle = -len(running) % FULL_ROWS
+    tokens = torch.tensor([[answer.tokens[-1]] for answer in running] + [[0]] * idle)
+    positions = torch.tensor([[answer.cache.length] for answer in running] + [[0]] * idle)
+    slots = [*(answer.cache for answer in running), *[None] * idle]
     output = reader.model(
-        input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, slots=caches
+        input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, slots=slots
     )  # fmt: skip
-    for cache in caches:
-        if cache:
-            cache.length += 1
-    chosen: list[int] = output.logits[:, -1].argmax(-1).tolist()
+    for answer in running:
+        answer.cache.length += 1
+    chosen: list[int] = output.logits[: len(running), -1].argmax(-1).tolist()
     return chosen

@@ -101,11 +101,12 @@ class TreeReader:
         wholly = torch.split(greedy, sizes)
         return [(float(value.sum()), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
 
-    def branch(self, index: int, place: int, room: int) -> SlotCache:
-        """A cache of its own, for `room` tokens, of the path to a place of the step that was read last."""
-        step = self.steps[index]
-        ends = step.ends()
-        path = list(range(step.start)) + [step.start + j for j in range(place + 1) if place < ends[j]]
+    def branch(self, start: int, ends: Sequence[int], place: int, *, room: int) -> SlotCache:
+        """A cache of its own, for `room` tokens, of the path to a place of the step that was read last.
+
+        `start` and `ends` are that step's.
+        """
+        path = list(range(start)) + [start + other for other in range(place + 1) if place < ends[other]]
         taken = torch.tensor(path)
         branch = SlotCache(room)
         for layer, keys in self.cache.keys.items():
