@@ -36,6 +36,8 @@ class FakeEngine:
         self.seen: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.left = 0
+        self.draining = False
+        """Like [503] in every prompt."""
         self.waiting = threading.Semaphore(0)
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self.serve()), daemon=True)
@@ -81,12 +83,17 @@ class FakeEngine:
         if path == "/health":
             return _whole(writer, 200, {"status": "ok", "release": self.release}, self.release)
         for status in (429, 500, 503):
-            if f"[{status}]" in text:
+            if f"[{status}]" in text or (status == 503 and self.draining):
                 error = {"error": {"message": f"scripted {status}", "type": "x", "param": None, "code": "scripted"}}
                 return _whole(writer, status, error, self.release)
         release = "somebody-else" if "[imposter]" in text else self.release
         chat = path.endswith("chat/completions")
-        frame = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{headers['x-request-id']}", "created": 1, "model": "m"}
+        frame = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{headers['x-request-id']}",
+            "created": 1,
+            "model": "m",
+            "system_fingerprint": self.release,
+        }
         words = [f"{self.release} ", *("x" for _ in range(self._tokens - 1))]
         usage = {"prompt_tokens": 7, "completion_tokens": len(words), "mean_logprob": -0.5}
         if not body.get("stream"):

@@ -75,7 +75,8 @@ class Circuit:
         """It did not."""
         self.failures += 1
         self.trying = False
-        if self.failures >= FAILURES:
+        # Requests that were under way when it opened add nothing: they failed of the same cause.
+        if self.failures >= FAILURES and self.clock() >= self.open_until:
             self.open_until = self.clock() + self.cool_s
             self.cool_s = min(2 * self.cool_s, COOL_S[1])
 
