@@ -145,12 +145,22 @@ class EvalReport(Artifact):
     """Scores of one checkpoint: `samples.jsonl`, one row a sample and metric.
 
     Rows: `family`, `suite`, `task`, `sample` (id), `cluster`, `metric`, `score` (float, oriented as measured),
-    `response` (text, where one was generated), `prompt_sha256`.
+    `response` (text: what was generated, or the choice that was taken), `slack` (multiple choice: by how much each
+    log-likelihood may move before another choice is taken), `prompt_sha256`.
     """
 
     kind: ClassVar[str] = "evaluation"
     metrics: tuple[Metric, ...]
     fingerprint: str = Field(description="Of items, prompts, template, engine, dtype, batch mode and seed; no weights.")
+
+
+class Judged(Frozen):
+    """One round that the gate has judged: what it was allowed, what it found."""
+
+    candidate: str = Field(description="What was judged: a digest of both measurements, 16 digits.")
+    level: float = Field(description="The α that it could use.")
+    p_value: float = Field(description="Of the whole gate: the largest over families, and the gain's.")
+    promoted: bool
 
 
 class FamilyResult(Frozen):
@@ -166,6 +176,11 @@ class FamilyResult(Frozen):
     margin: float
     minimum_detectable: float
     verdict: Literal["non-inferior", "regressed", "undecided"]
+    unit: str = ""
+    p_value: float = Field(1.0, description="Of `worse by the margin or more`.")
+    contaminated: int = Field(0, description="Items left out, since the training data held them.")
+    raw_difference: float | None = Field(None, description="With those items; None when there are none.")
+    fragile: int = Field(0, description="Items that the batch tolerance could turn; counted against the challenger.")
 
 
 class GateDecision(Artifact):
@@ -177,6 +192,10 @@ class GateDecision(Artifact):
     alpha: float
     families: tuple[FamilyResult, ...]
     improved: tuple[str, ...] = Field(default=(), description="Primary families with a significant gain (Holm).")
+    level: float | None = Field(None, description="α of this round; None when there was nothing to test.")
+    p_value: float | None = None
+    wealth: float | None = Field(None, description="α that later rounds may still spend, before they earn any.")
+    rounds: tuple[Judged, ...] = Field(default=(), description="Every round that was tested, this one last.")
 
 
 class Parity(Frozen):

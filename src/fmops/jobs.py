@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fmops.artifacts import Frozen
-from fmops.lifecycle import CorpusSource, Curate, ExampleSource, Lifecycle
+from fmops.artifacts import Frozen, Judged
+from fmops.lifecycle import CorpusSource, Curate, ExampleSource, Gate, Lifecycle
 
 
 class ImportJob(Frozen):
@@ -23,6 +23,9 @@ class BenchmarksJob(Frozen):
 
     suites: tuple[str, ...]
     limit: int | None = None
+    texts: dict[str, str] = Field(
+        default={}, description="SHA-256 of each packaged suite's text: another version of FMOps may ask otherwise."
+    )
 
 
 class CorpusPart(Frozen):
@@ -55,7 +58,15 @@ class EvaluateJob(Frozen):
     """How a checkpoint is measured on the benchmarks."""
 
     limit: int | None = None
-    """Held-out documents a domain; the items of the benchmarks are chosen already."""
+    """Items a task and held-out documents a domain; without rotation the benchmarks hold no more items."""
+    rotation: str | None = None
+    """Chooses this round's items: a digest of all that the candidate is made from. None keeps them over rounds."""
+
+
+class GateJob(Gate):
+    """The gate's policy, and the rounds that were tested before. They decide how much α is left."""
+
+    earlier: tuple[Judged, ...] = ()
 
 
 class Origin(Frozen):

@@ -132,6 +132,15 @@ class Evaluate(Frozen):
         description="Suite names, or paths to suite files.",
     )
     limit: int | None = Field(None, ge=2, description="Items a task, chosen by seed; left out: all.")
+    rotate: bool = Field(
+        False, description="Each candidate is measured on items of its own, which nobody could know while training it."
+    )
+
+    @model_validator(mode="after")
+    def _can_rotate(self) -> Evaluate:
+        if self.rotate and self.limit is None:
+            raise ValueError("rotate needs limit: without one every item is asked in every round. Give a limit")
+        return self
 
     @field_validator("suites")
     @classmethod

@@ -53,14 +53,14 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
         Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks),
-        Stage("curate", "fmops.data.curate:curate", Corpus),
-        Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations),
-        Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences),
+        Stage("curate", "fmops.data.curate:curate", Corpus, version=2),
+        Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=2),
+        Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=2),
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint),
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint),
         Stage("align", "fmops.finetuning.align:align", Checkpoint),
-        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=2),
-        Stage("gate", "fmops.evaluation.gate:gate", GateDecision),
+        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=3),
+        Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=2),
         Stage("release", "fmops.deployment.release:release", Release, version=2),
     )
 }

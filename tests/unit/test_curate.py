@@ -48,11 +48,12 @@ def run(
     tokens: int | None = None,
     benchmarks: Benchmarks | None = None,
     corpora: dict[str, CorpusPart] | None = None,
+    uri: str | None = None,
     **curation: Any,
 ) -> Corpus:
     corpora = corpora or {"new": CorpusPart()}
     job = CurateJob(curate=Curate(**{"block_tokens": 256, **curation}), corpora=corpora, tokens=tokens)
-    sources = {f"corpus_{name}": source(root, corpus.source[0]) for name, corpus in corpora.items()}
+    sources = {f"corpus_{name}": source(root, uri or f"{name}.jsonl") for name in corpora}
     return curate(job, base=base, out=root / out, context=context, benchmarks=benchmarks, **sources)
 
 
@@ -131,11 +132,11 @@ def test_equal_inputs_give_equal_bytes_whatever_the_threads_and_a_seed_changes_t
     for number, text in enumerate(TOPICS[:16]):
         (tmp_path / f"docs{number:02d}.txt").write_text(text)
     corpora = {"new": CorpusPart()}
-    one = run(tmp_path, base, context, out="one", corpora=corpora)
-    two = run(tmp_path, base, StageContext(threads=2, stream=context.stream), out="two", corpora=corpora)
+    one = run(tmp_path, base, context, out="one", corpora=corpora, uri="*.txt")
+    two = run(tmp_path, base, StageContext(threads=2, stream=context.stream), out="two", corpora=corpora, uri="*.txt")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert one.model_dump() == two.model_dump()
-    run(tmp_path, base, StageContext(seed=1, stream=context.stream), out="seeded", corpora=corpora)
+    run(tmp_path, base, StageContext(seed=1, stream=context.stream), out="seeded", corpora=corpora, uri="*.txt")
     assert digests(tmp_path / "seeded") != digests(tmp_path / "one")
 
 
@@ -229,7 +230,7 @@ def test_every_form_of_file_is_read(tmp_path: Path, base: Checkpoint, context: S
         archive.writestr("inner/h.jsonl", json.dumps({"text": texts[8]}))
     (folder / "picture.png").write_bytes(b"\x89PNG")
     corpora = {"new": CorpusPart()}
-    corpus = run(tmp_path, base, context, corpora=corpora, quality=False)
+    corpus = run(tmp_path, base, context, corpora=corpora, uri="files", quality=False)
     held_out = lines(corpus.path / "held_out" / "new.jsonl")
     assert corpus.documents + len(held_out) == 9
     assert dropped(corpus) == {"unreadable": 1}
@@ -242,7 +243,7 @@ def test_a_long_text_file_becomes_several_documents(
 ) -> None:
     monkeypatch.setattr("fmops.data.read.LONGEST_TEXT", 20_000)
     (tmp_path / "book.txt").write_text("\n\n".join(TOPICS[:20]))
-    corpus = run(tmp_path, base, context, corpora={"new": CorpusPart()}, quality=False)
+    corpus = run(tmp_path, base, context, uri="book.txt", quality=False)
     assert corpus.documents + corpus.held_out_new > 3
     ids = {row["id"] for row in lines(corpus.path / "documents.jsonl")}
     assert all(identity.startswith("new/book.txt#") for identity in ids)
@@ -253,7 +254,7 @@ def test_a_truncated_archive_gives_what_is_whole_and_names_itself(
 ) -> None:
     content = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in TOPICS).encode())
     (tmp_path / "new.jsonl.gz").write_bytes(content[: len(content) // 2])
-    corpus = run(tmp_path, base, context, corpora={"new": CorpusPart()})
+    corpus = run(tmp_path, base, context, uri="new.jsonl.gz")
     unreadable = next(each for each in corpus.dropped if each.step == "unreadable")
     assert unreadable.documents == 1
     assert unreadable.examples[0].startswith("new/new.jsonl.gz: broken gzip: ")

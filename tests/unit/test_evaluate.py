@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus
 from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.gate import gate
 from fmops.evaluation.protocol import pin, read_lines, write_json, write_lines
 from fmops.evaluation.suites import load_suite
-from fmops.jobs import EvaluateJob
-from fmops.lifecycle import Gate
+from fmops.jobs import EvaluateJob, GateJob
 from fmops.stage import StageContext
 
 SUITES = {"capability": ("openbookqa", 12), "domain": ("held-out-new", 0), "harm": ("harmbench", 3)}
@@ -125,7 +126,7 @@ def test_other_weights_share_the_protocol_and_other_items_do_not(measure, inputs
 
 def decide(champion, challenger, tmp_path, **config):
     context = StageContext(stream=io.StringIO())
-    return gate(Gate(**config), champion=champion, challenger=challenger, out=tmp_path, context=context)
+    return gate(GateJob(**config), champion=champion, challenger=challenger, out=tmp_path, context=context)
 
 
 def test_the_gate_reads_what_evaluation_writes(measure, tmp_path):
@@ -159,3 +160,25 @@ def test_a_broken_checkpoint_gives_no_score(measure, inputs, tmp_path):
     broken = changed(inputs["checkpoint"], tmp_path / "nan", lambda weight: weight * float("nan"))
     with pytest.raises(FmopsError, match="a log-likelihood of nan: its weights are no usable numbers"):
         measure(checkpoint=broken)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_anything_is_scored(measure, inputs, tmp_path):
+    checkpoint = inputs["checkpoint"]
+    shutil.copytree(checkpoint.model, tmp_path / "small" / "model")
+    path = tmp_path / "small" / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<|late|>"})
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(FmopsError, match=r"the tokenizer does not fit the model: it gives token ids up to \d+"):
+        measure(checkpoint=checkpoint.model_copy(update={"path": tmp_path / "small"}))
+
+
+def test_an_answer_that_would_be_cut_off_is_refused_before_anything_is_scored(measure, inputs, monkeypatch):
+    items = inputs["benchmarks"].path / "items" / "openbookqa.jsonl"
+    documents = read_lines(items)
+    documents[-1]["choices"][1] = "two things and more of them " * 40
+    write_lines(items, documents)
+    monkeypatch.setattr(SharedPrefixLM, "max_length", 64)
+    monkeypatch.setattr(SharedPrefixLM, "_loglikelihood_tokens", lambda *_, **__: pytest.fail("something was scored"))
+    with pytest.raises(FmopsError, match=r"item openbookqa-11: an answer of \d+ tokens does not fit the model's 64"):
+        measure()

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fmops.artifacts import EvalReport
+from fmops.artifacts import Conversations, EvalReport
 from fmops.errors import FmopsError
 from fmops.evaluation.evidence import Evidence, Pairs
 from fmops.evaluation.gate import decide, gate
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.suites import TaskConfig
-from fmops.lifecycle import Gate
+from fmops.jobs import GateJob
 
 MARGIN = 0.1
 
@@ -30,7 +30,9 @@ def pinned(family: str, *, items: int, higher: bool = True) -> PinnedTask:
     )  # fmt: skip
 
 
-def report(folder: Path, scores: dict[str, list[float]], *, higher: bool = True, **engine: str) -> EvalReport:
+def report(
+    folder: Path, scores: dict[str, list[float]], *, higher: bool = True, tolerance: float = 0.0, **engine: str
+) -> EvalReport:
     """A report on disk with one task a family."""
     folder.mkdir()
     rows = [
@@ -41,6 +43,7 @@ def report(folder: Path, scores: dict[str, list[float]], *, higher: bool = True,
     protocol = Protocol(
         tasks=tuple(pinned(family, items=len(values), higher=higher) for family, values in scores.items()),
         engine={"torch": "2", **engine}, template_sha256=None, prompts_sha256=prompts_digest(rows), seed=0,
+        batch_tolerance=tolerance,
     )  # fmt: skip
     write_lines(folder / "samples.jsonl", rows)
     write_json(folder / "protocol.json", protocol.model_dump(mode="json"))
@@ -51,11 +54,13 @@ def report(folder: Path, scores: dict[str, list[float]], *, higher: bool = True,
 def judge(tmp_path, context):
     """Run the gate on two reports with no gain asked for, unless said."""
 
-    def run(champion: EvalReport, challenger: EvalReport, **config):
+    def run(champion: EvalReport, challenger: EvalReport, data=None, **config):
         out = tmp_path / "gate"
         out.mkdir(exist_ok=True)
         config = {"primary": (), **config}
-        return gate(Gate(**config), champion=champion, challenger=challenger, out=out, context=context)
+        return gate(
+            GateJob(**config), champion=champion, challenger=challenger, out=out, context=context, **(data or {})
+        )
 
     return run
 
@@ -70,7 +75,7 @@ def test_a_better_model_is_promoted_and_the_reason_has_numbers(tmp_path, judge):
     decision = judge(champion, challenger, primary=("skill",))
     assert decision.verdict == "promote"
     assert decision.improved == ("skill",)
-    assert decision.reasons[0].startswith("skill improved: +0.5000 accuracy (one-sided 95 % bounds")
+    assert decision.reasons[0].startswith("skill improved: +0.5000 accuracy (one-sided 98.91 % bounds")
     assert "n = 200" in decision.reasons[0]
     written = json.loads((tmp_path / "gate" / "decision.json").read_text())
     assert written["verdict"] == "promote"
@@ -191,6 +196,75 @@ def test_one_document_is_no_evidence(tmp_path, judge):
     decision = judge(champion, challenger)
     assert decision.verdict == "reject"
     assert "family loss has one cluster" in decision.reasons[0]
+
+
+def test_items_that_the_training_data_held_judge_nothing_and_are_shown(tmp_path, judge):
+    # A13: the challenger has learnt fifty of the items by heart and is worse on all others.
+    champion = report(tmp_path / "a", {"skill": half(400)})
+    challenger = report(tmp_path / "b", {"skill": [1.0] * 100 + [0.0] * 20 + half(280)})
+    assert judge(champion, challenger, primary=("skill",)).verdict == "promote"
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    held = [{"task": "skill-task", "sample": f"skill-{index}"} for index in range(100)]
+    write_lines(corpus / "contaminated.jsonl", held)
+    data = Conversations(path=corpus, conversations=1, held_out=0)
+    decision = judge(champion, challenger, primary=("skill",), data={"conversations": data})
+    family = decision.families[0]
+    assert decision.verdict != "promote"
+    assert (family.n, family.contaminated) == (300, 100)
+    assert family.difference == pytest.approx(-10 / 300)
+    assert family.raw_difference == pytest.approx(40 / 400)
+    assert "100 left out: in the training data; with them +0.1000" in decision.reasons[0]
+
+
+def test_a_family_that_was_wholly_trained_on_rejects(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"skill": half(50)}) for name in ("a", "b"))
+    write_lines(tmp_path / "contaminated.jsonl", [{"task": "skill-task", "sample": f"skill-{n}"} for n in range(50)])
+    data = Conversations(path=tmp_path, conversations=1, held_out=0)
+    decision = judge(champion, challenger, data={"conversations": data})
+    assert decision.verdict == "reject"
+    assert decision.reasons == ("family skill: the training data held all of its 50 items; measure it on others",)
+    assert decision.rounds == ()
+
+
+def test_an_answer_that_a_batch_could_turn_counts_against_the_challenger(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"skill": half(200)}, tolerance=1e-3) for name in ("a", "b"))
+    assert judge(champion, challenger).verdict == "promote"
+    rewrite(tmp_path / "b", lambda rows: [{**row, "slack": 1e-4 if n < 30 else 1.0} for n, row in enumerate(rows)])
+    decision = judge(champion, challenger)
+    assert decision.verdict == "need more data"
+    assert decision.families[0].fragile == 30
+    assert "30 within the batch tolerance, counted as lost" in decision.reasons[0]
+
+
+def test_a_scale_is_not_surer_than_its_tolerance(tmp_path, judge):
+    scores = {"loss": [1.0 + 0.01 * index for index in range(50)]}
+    champion, challenger = (report(tmp_path / name, scores, tolerance=0.2) for name in ("a", "b"))
+    family = judge(champion, challenger).families[0]
+    assert (family.lower, family.upper) == (pytest.approx(-0.2), 0.0)
+
+
+def test_the_level_falls_with_the_rounds_before(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"skill": half(60)}) for name in ("a", "b"))
+    first = judge(champion, challenger)
+    assert first.verdict == "promote"
+    assert first.level == pytest.approx(0.01094, abs=1e-5)
+    assert first.p_value is not None
+    assert first.p_value <= first.level
+    rejected = first.rounds[0].model_copy(update={"promoted": False})
+    late = judge(champion, challenger, earlier=(rejected,) * 30)
+    assert late.verdict == "need more data"
+    assert len(late.rounds) == 31
+    assert late.wealth < 0.025
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=4), min_size=1))
+def test_the_p_value_says_what_the_verdict_says(families):
+    for alpha in (0.05, 0.01, 0.3):
+        decided = decide(evidence(families), alpha=alpha, margins={}, primary=("a",) if "a" in families else ())
+        assert decided.p_value is not None
+        if abs(decided.p_value - alpha) > 1e-9:
+            assert (decided.verdict == "promote") == (decided.p_value < alpha)
 
 
 def evidence(families: dict[str, list[float]], *, binary: bool = True) -> Evidence:

@@ -28,6 +28,7 @@ from lm_eval.api.registry import METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 
+from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.protocol import PinnedTask
 from fmops.evaluation.suites import GENERATION_METRICS
@@ -146,6 +147,30 @@ def _check_document(task: ConfigurableTask, entry: PinnedTask, document: dict[st
         )
 
 
+def check_fit(lm: SharedPrefixLM, entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
+    """Look whether the model has room for every answer, before hours go into scoring other ones.
+
+    Raises:
+        FmopsError: names the item whose answer is too long, or the option that generation cannot follow.
+    """
+    kind = entry.config.output_type
+    if kind == "generate_until":
+        lm.greedy(dict(entry.config.generation_kwargs or {}))
+    if kind not in ("multiple_choice", "loglikelihood"):
+        return
+    task = build_task(entry, documents)
+    for document in documents:
+        answers = task.doc_to_choice(document) if kind == "multiple_choice" else [task.doc_to_target(document)]
+        for answer in map(str, answers):
+            # A character is four tokens at most; nearly every answer is known to fit by its length.
+            tokens = len(lm.tok_encode(answer)) if 4 * len(answer) > lm.max_length else 0
+            if tokens > lm.max_length:
+                raise FmopsError(
+                    f"task {entry.task}, item {document['id']}: an answer of {tokens} tokens does not fit the model's "
+                    f"{lm.max_length} and would be cut off. Take the item out with `only`, or shorten the answer."
+                )
+
+
 def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat: bool) -> list[dict[str, Any]]:
     """Score every document; returns rows as `EvalReport` describes them, in document order.
 
@@ -172,6 +197,8 @@ def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat
             }
             if entry.config.output_type == "generate_until":
                 row["response"] = sample["filtered_resps"][0]
+            elif entry.config.output_type == "multiple_choice":
+                row |= _picked(metric, task.doc_to_choice(sample["doc"]), sample["filtered_resps"])
             rows.append(row)
     return rows
 
@@ -194,6 +221,20 @@ def _score(metric: str, value: Any, task: str, sample: str) -> float:
     if not math.isfinite(score):
         raise FmopsError(f"task {task}, item {sample}: {metric} is {score}. The checkpoint gives no usable numbers.")
     return score
+
+
+def _picked(metric: str, choices: list[str], answers: list[tuple[float, bool]]) -> dict[str, Any]:
+    """The choice that a metric takes as the answer, and how far each log-likelihood may move before it is another."""
+    sizes = {"acc_norm": [len(choice) for choice in choices], "acc_bytes": [len(choice.encode()) for choice in choices]}
+    weights = [1 / max(1, size) for size in sizes.get(metric, [1] * len(choices))]
+    scores = [float(answer[0]) * weight for answer, weight in zip(answers, weights, strict=True)]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    slack = min(
+        (scores[best] - score) / (weights[best] + weight)
+        for place, (score, weight) in enumerate(zip(scores, weights, strict=True))
+        if place != best
+    )
+    return {"response": choices[best], "slack": slack}
 
 
 def _judge(metrics: tuple[str, ...]) -> Callable[[dict[str, Any], list[Any]], dict[str, float]]:

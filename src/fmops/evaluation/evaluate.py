@@ -63,6 +63,8 @@ def evaluate(
     total = sum(task.items for task, _ in tasks)
     with helpers(context.processes - 1, checkpoint.model, tasks, work, threads=context.threads):
         rows = score(lm, tasks, work, on_progress=lambda done: context.progress(done, total, unit="items"))
+    if lm.truncated:
+        context.note(f"{lm.truncated} prompts are longer than the model has room for: their beginning was left out")
     lm.journal = Journal(work / "generations.jsonl")
     lm.on_progress = lambda _: None
     write_lines(out / "generations.jsonl", _generations(lm, corpus))
@@ -107,6 +109,7 @@ def _tasks(
     config: EvaluateJob, benchmarks: Benchmarks, corpus: Corpus | None, *, seed: int
 ) -> list[tuple[PinnedTask, Documents]]:
     pinned = json.loads((benchmarks.path / "tasks.json").read_text(encoding="utf-8"))
+    lot = seed if config.rotation is None else f"{seed}/{config.rotation}"
     tasks = []
     for entry in pinned:
         task = PinnedTask.model_validate(entry)
@@ -117,8 +120,10 @@ def _tasks(
                     f"task {task.task}: {len(documents)} items where {task.items} were registered. "
                     "Delete the benchmarks artifact and run again."
                 )
+            if config.rotation is not None:
+                documents = choose(documents, config.limit, seed=lot, name=task.task)
         else:
-            documents = choose(_held_out(task, corpus), config.limit, seed=seed, name=task.task)
+            documents = choose(_held_out(task, corpus), config.limit, seed=lot, name=task.task)
         tasks.append((task.model_copy(update={"items": len(documents)}), documents))
     return tasks
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,14 +32,20 @@ class Pairs:
     clusters: list[str] = field(default_factory=list)
     binary: bool = True
     """Whether every score is 0 or 1, so that each item is won, lost or tied."""
+    fragile: list[int] = field(default_factory=list)
+    """Places of 0/1 items whose answer the batch tolerance could turn in either evaluation."""
+    tolerance: float = 0.0
+    """What the company in a batch may move a score on a scale by."""
+    contaminated: list[float] = field(default_factory=list)
+    """Differences of the items that the training data held; they are shown and judge nothing."""
 
     @property
-    def won(self) -> int:
-        return sum(difference > 0 for difference in self.differences)
-
-    @property
-    def lost(self) -> int:
-        return sum(difference < 0 for difference in self.differences)
+    def pessimistic(self) -> list[float]:
+        """Differences with every doubt of measurement counted against the challenger."""
+        if not self.binary:
+            return [difference - self.tolerance for difference in self.differences]
+        fragile = set(self.fragile)
+        return [-1.0 if place in fragile else difference for place, difference in enumerate(self.differences)]
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,14 @@ class Evidence:
         return next(task.unit for task in self.tasks if task.family == family)
 
 
-def gather(champion: EvalReport, challenger: EvalReport) -> Evidence:
-    """Pair two reports, or say why they cannot be paired."""
+def gather(
+    champion: EvalReport, challenger: EvalReport, *, contaminated: AbstractSet[tuple[str, str]] = frozenset()
+) -> Evidence:
+    """Pair two reports, or say why they cannot be paired.
+
+    Args:
+        contaminated: task and sample of the items that the training data held; the families are judged without them.
+    """
     problems: list[str] = []
     protocols: list[Protocol] = []
     samples: list[dict[Key, Sample]] = []
@@ -80,9 +93,11 @@ def gather(champion: EvalReport, challenger: EvalReport) -> Evidence:
     tasks = protocols[1].tasks
     if problems:
         return Evidence(tuple(problems), tasks)
-    families = _pair(tasks, *samples)
+    families = _pair(tasks, *samples, contaminated=contaminated, tolerance=protocols[1].batch_tolerance)
     lonely = [
-        f"family {name} has one cluster of items: no error can be estimated; add documents or questions"
+        f"family {name}: the training data held all of its {len(pairs.contaminated)} items; measure it on others"
+        if not pairs.differences
+        else f"family {name} has one cluster of items: no error can be estimated; add documents or questions"
         for name, pairs in families.items()
         if len(set(pairs.clusters)) < 2
     ]
@@ -160,16 +175,29 @@ def _unlike(champion: Protocol, challenger: Protocol) -> list[str]:
     return problems
 
 
-def _pair(tasks: tuple[PinnedTask, ...], ours: dict[Key, Sample], theirs: dict[Key, Sample]) -> dict[str, Pairs]:
+def _pair(
+    tasks: tuple[PinnedTask, ...],
+    ours: dict[Key, Sample],
+    theirs: dict[Key, Sample],
+    *,
+    contaminated: AbstractSet[tuple[str, str]],
+    tolerance: float,
+) -> dict[str, Pairs]:
     families: dict[str, Pairs] = {}
     for task in tasks:
-        pairs = families.setdefault(task.family, Pairs(task.family))
+        pairs = families.setdefault(task.family, Pairs(task.family, tolerance=tolerance))
         sign = 1.0 if task.higher_is_better else -1.0
         # In the champion's order; both hold the same keys, or the prompts' digests would differ.
         for key, row in ours.items():
-            if key[0] == task.task and key[2] == task.metrics[0]:
-                before, after = float(row["score"]), float(theirs[key]["score"])
-                pairs.differences.append(sign * (after - before))
-                pairs.clusters.append(f"{task.task}/{row['cluster']}")
-                pairs.binary = pairs.binary and {before, after} <= {0.0, 1.0}
+            if key[0] != task.task or key[2] != task.metrics[0]:
+                continue
+            before, after = float(row["score"]), float(theirs[key]["score"])
+            pairs.binary = pairs.binary and {before, after} <= {0.0, 1.0}
+            if (task.task, row["sample"]) in contaminated:
+                pairs.contaminated.append(sign * (after - before))
+                continue
+            if min(row.get("slack", math.inf), theirs[key].get("slack", math.inf)) <= tolerance:
+                pairs.fragile.append(len(pairs.differences))
+            pairs.differences.append(sign * (after - before))
+            pairs.clusters.append(f"{task.task}/{row['cluster']}")
     return families

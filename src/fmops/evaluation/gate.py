@@ -1,22 +1,33 @@
 """The gate: may the challenger replace the champion?
 
-Enters: two evaluation reports of the same protocol. Leaves: `decision.json`: a verdict with reasons.
+Enters: two reports of one protocol, the rounds before, what the data held. Leaves: `decision.json`, with reasons.
 Refuses: missing, partial or unlike evidence; it rejects rather than guesses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fmops.artifacts import EvalReport, FamilyResult, GateDecision
+from fmops.artifacts import (
+    Artifact,
+    Conversations,
+    Corpus,
+    EvalReport,
+    FamilyResult,
+    GateDecision,
+    Judged,
+    Preferences,
+)
 from fmops.errors import unknown
-from fmops.evaluation import statistics
+from fmops.evaluation import spending, statistics
 from fmops.evaluation.evidence import Evidence, Pairs, gather
-from fmops.evaluation.protocol import write_json
-from fmops.lifecycle import Gate
+from fmops.evaluation.protocol import digest, read_lines, write_json
+from fmops.integrity import sha256
+from fmops.jobs import GateJob
 from fmops.stage import StageContext
 
 POWER = 0.8
@@ -31,24 +42,44 @@ class Decision:
     reasons: tuple[str, ...]
     families: tuple[FamilyResult, ...] = ()
     improved: tuple[str, ...] = ()
+    p_value: float | None = None
+    """Of the whole test; None when the evidence allowed none."""
 
 
 def gate(
-    config: Gate, *, champion: EvalReport, challenger: EvalReport, out: Path, context: StageContext
+    config: GateJob,
+    *,
+    champion: EvalReport,
+    challenger: EvalReport,
+    out: Path,
+    context: StageContext,
+    **data: Corpus | Conversations | Preferences,
 ) -> GateDecision:
     """Compare two reports item by item, decide, and write `decision.json`. The policy is `decide`'s.
+
+    The level is what `spending.level` leaves of α after the earlier rounds. Evidence that is refused tests nothing, so
+    it costs nothing.
+
+    Args:
+        data: what the challenger was trained on; items that it held are shown, and judge nothing.
 
     Raises:
         FmopsError: a margin for a family that no suite measures.
     """
-    evidence = gather(champion, challenger)
+    evidence = gather(champion, challenger, contaminated=contaminated_items(data.values()))
     measured = {task.family for task in evidence.tasks}
     for family in config.margins:
         if measured and family not in measured:
             raise unknown("family under gate.margins:", family, measured)
-    decision = decide(evidence, alpha=config.alpha, margins=config.margins, primary=config.primary)
+    level = spending.level(config.earlier, config.alpha)
+    decision = decide(evidence, alpha=level, margins=config.margins, primary=config.primary)
     for reason in decision.reasons:
         context.note(reason)
+    rounds, p_value = config.earlier, decision.p_value
+    if p_value is not None:
+        promoted = decision.verdict == "promote"
+        candidate = digest([scores_digest(champion), scores_digest(challenger)])[:16]
+        rounds = (*rounds, Judged(candidate=candidate, level=level, p_value=p_value, promoted=promoted))
     artifact = GateDecision(
         path=out,
         verdict=decision.verdict,
@@ -56,9 +87,24 @@ def gate(
         alpha=config.alpha,
         families=decision.families,
         improved=decision.improved,
+        level=None if p_value is None else level,
+        p_value=p_value,
+        wealth=spending.wealth(rounds, config.alpha),
+        rounds=rounds,
     )
     write_json(out / "decision.json", artifact.model_dump(mode="json"))
     return artifact
+
+
+def contaminated_items(data: Iterable[Artifact]) -> set[tuple[str, str]]:
+    """Task and sample of the items that these data artifacts list as found in the raw data."""
+    paths = [artifact.path / "contaminated.jsonl" for artifact in data]
+    return {(row["task"], row["sample"]) for path in paths if path.is_file() for row in read_lines(path)}
+
+
+def scores_digest(report: EvalReport) -> str:
+    """What tells one challenger's measurement from another's."""
+    return sha256(report.path / "samples.jsonl")
 
 
 def decide(evidence: Evidence, *, alpha: float, margins: Mapping[str, float], primary: tuple[str, ...]) -> Decision:
@@ -84,32 +130,39 @@ def decide(evidence: Evidence, *, alpha: float, margins: Mapping[str, float], pr
         return Decision("reject", tuple(problems))
     count = len(evidence.families)
     results = tuple(
-        compare(pairs, alpha=alpha, margin=margins.get(family, evidence.margin(family)), families=count)
+        compare(
+            pairs,
+            alpha=alpha,
+            margin=margins.get(family, evidence.margin(family)),
+            families=count,
+            unit=evidence.unit(family),
+        )
         for family, pairs in evidence.families.items()
     )
     p_values = {name: improvement(evidence.families[name]) for name in primary}
     improved = statistics.holm(p_values, alpha)
-    verdict, reasons = _verdict(results, primary, improved, evidence, alpha)
-    return Decision(verdict, reasons, results, improved)
+    verdict, reasons = _verdict(results, primary, improved, alpha)
+    # Intersection–union takes the largest p-value; of the gains Holm lets one pass when the smallest, times their
+    # number, does.
+    gain = min(1.0, len(p_values) * min(p_values.values())) if p_values else 0.0
+    return Decision(verdict, reasons, results, improved, max(gain, *(result.p_value for result in results)))
 
 
-def compare(pairs: Pairs, *, alpha: float, margin: float, families: int) -> FamilyResult:
+def compare(pairs: Pairs, *, alpha: float, margin: float, families: int, unit: str = "") -> FamilyResult:
     """One family's paired comparison, positive is better.
 
     0/1 items without clusters take Tango's score bounds; 0/1 items with clusters the wider of Tango's and the
-    clustered ones; scores on a scale the clustered ones.
+    clustered ones; scores on a scale the clustered ones. Doubts of measurement count against the challenger.
     """
     mean = statistics.clustered_mean(pairs.differences, pairs.clusters)
-    lower, upper = statistics.one_sided_bounds(mean, alpha)
-    if pairs.binary:
-        low, high = statistics.tango_bounds(pairs.won, pairs.lost, mean.n, alpha)
-        clustered = mean.clusters < mean.n
-        lower, upper = (min(lower, low), max(upper, high)) if clustered else (low, high)
+    lower = _bounds(pairs, pairs.pessimistic, alpha)[0]
+    upper = _bounds(pairs, pairs.differences, alpha)[1]
     verdict: Literal["non-inferior", "regressed", "undecided"] = "undecided"
     if lower > -margin:
         verdict = "non-inferior"
     elif upper < -margin:
         verdict = "regressed"
+    everything = [*pairs.differences, *pairs.contaminated]
     return FamilyResult(
         family=pairs.family,
         n=mean.n,
@@ -121,27 +174,57 @@ def compare(pairs: Pairs, *, alpha: float, margin: float, families: int) -> Fami
         margin=margin,
         minimum_detectable=statistics.detectable(mean, alpha=alpha, power=POWER, families=families),
         verdict=verdict,
+        unit=unit,
+        p_value=_worse_p(pairs, margin),
+        contaminated=len(pairs.contaminated),
+        raw_difference=math.fsum(everything) / len(everything) if pairs.contaminated else None,
+        fragile=len(pairs.fragile) if pairs.binary else 0,
     )
+
+
+def _bounds(pairs: Pairs, values: list[float], alpha: float) -> tuple[float, float]:
+    mean = statistics.clustered_mean(values, pairs.clusters)
+    lower, upper = statistics.one_sided_bounds(mean, alpha)
+    if not pairs.binary:
+        return lower, upper
+    low, high = statistics.tango_bounds(*_counted(values), mean.n, alpha)
+    return (min(lower, low), max(upper, high)) if mean.clusters < mean.n else (low, high)
+
+
+def _worse_p(pairs: Pairs, margin: float) -> float:
+    """The p-value against `worse by the margin or more`: what the lower bound says, as a number."""
+    values = pairs.pessimistic
+    mean = statistics.clustered_mean(values, pairs.clusters)
+    clustered = statistics.worse_p(mean, margin)
+    if not pairs.binary:
+        return clustered
+    score = statistics.tango_p(*_counted(values), mean.n, margin)
+    return max(clustered, score) if mean.clusters < mean.n else score
+
+
+def _counted(differences: list[float]) -> tuple[int, int]:
+    """Items won and lost."""
+    return sum(difference > 0 for difference in differences), sum(difference < 0 for difference in differences)
 
 
 def improvement(pairs: Pairs) -> float:
     """One-sided p-value of a gain: exact McNemar for 0/1 items, clustered t otherwise, the larger one if both apply."""
-    clustered = statistics.improvement_p(statistics.clustered_mean(pairs.differences, pairs.clusters))
+    values = pairs.pessimistic
+    clustered = statistics.improvement_p(statistics.clustered_mean(values, pairs.clusters))
     if not pairs.binary:
         return clustered
-    exact = statistics.mcnemar_p(pairs.won, pairs.lost)
-    return exact if len(set(pairs.clusters)) == len(pairs.differences) else max(exact, clustered)
+    exact = statistics.mcnemar_p(*_counted(values))
+    return exact if len(set(pairs.clusters)) == len(values) else max(exact, clustered)
 
 
 def _verdict(
     results: tuple[FamilyResult, ...],
     primary: tuple[str, ...],
     improved: tuple[str, ...],
-    evidence: Evidence,
     alpha: float,
 ) -> tuple[Verdict, tuple[str, ...]]:
-    level = f"{100 * (1 - alpha):g} %"
-    told = {result.family: _told(result, evidence.unit(result.family), level) for result in results}
+    level = f"{100 * (1 - alpha):.4g} %"
+    told = {result.family: _told(result, level) for result in results}
     regressed = [result for result in results if result.verdict == "regressed"]
     undecided = [result for result in results if result.verdict == "undecided"]
     gains = [result for result in results if result.family in primary]
@@ -165,9 +248,12 @@ def _verdict(
     return "promote", tuple(reasons)
 
 
-def _told(result: FamilyResult, unit: str, level: str) -> str:
-    clusters = f", {result.clusters} clusters" if result.clusters < result.n else ""
-    return (
-        f"{result.difference:+.4f} {unit} (one-sided {level} bounds {result.lower:+.4f} and {result.upper:+.4f}, "
-        f"margin {result.margin:g}, n = {result.n}{clusters})"
-    )
+def _told(result: FamilyResult, level: str) -> str:
+    notes = [f"{result.clusters} clusters"] if result.clusters < result.n else []
+    if result.fragile:
+        notes.append(f"{result.fragile} within the batch tolerance, counted as lost")
+    if result.raw_difference is not None:
+        notes.append(f"{result.contaminated} left out: in the training data; with them {result.raw_difference:+.4f}")
+    bounds = f"one-sided {level} bounds {result.lower:+.4f} and {result.upper:+.4f}"
+    about = "".join(f", {note}" for note in notes)
+    return f"{result.difference:+.4f} {result.unit} ({bounds}, margin {result.margin:g}, n = {result.n}{about})"

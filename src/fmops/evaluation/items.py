@@ -57,7 +57,7 @@ def read_items(name: str, task: SuiteTask, source: Source) -> list[dict[str, Any
     return list(documents.values())
 
 
-def choose(documents: list[dict[str, Any]], limit: int | None, *, seed: int, name: str) -> list[dict[str, Any]]:
+def choose(documents: list[dict[str, Any]], limit: int | None, *, seed: int | str, name: str) -> list[dict[str, Any]]:
     """At most `limit` documents, by seed, in source order; a larger limit keeps those of a smaller one."""
     if limit is None or len(documents) <= limit:
         return documents

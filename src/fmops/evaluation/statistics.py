@@ -102,6 +102,21 @@ def tango_bounds(won: int, lost: int, n: int, alpha: float) -> tuple[float, floa
     return edge(-1.0, z), edge(1.0, z)
 
 
+def tango_p(won: int, lost: int, n: int, margin: float) -> float:
+    """One-sided p-value against P(won) − P(lost) ≤ −margin, by Tango's score."""
+    score = tango_score(won, lost, n, -margin)
+    return float(score < 0) if math.isinf(score) else 1 - NormalDist().cdf(score)
+
+
+def worse_p(mean: Mean, margin: float) -> float:
+    """One-sided p-value against a mean of −margin or less (clustered, Student)."""
+    if math.isinf(mean.standard_error):
+        return 1.0
+    if mean.standard_error == 0:
+        return float(mean.value <= -margin)
+    return t_upper_tail((mean.value + margin) / mean.standard_error, mean.clusters - 1)
+
+
 def mcnemar_p(won: int, lost: int) -> float:
     """Exact one-sided p-value for P(won) > P(lost): the discordant pairs are a fair coin under the null."""
     n = won + lost

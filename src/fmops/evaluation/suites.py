@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fmops.artifacts import Frozen
 from fmops.errors import FmopsError, unknown
+from fmops.integrity import sha256
 from fmops.yaml_lines import parse_yaml
 
 PACKAGED = Path(str(files("fmops.evaluation") / "suites"))
@@ -139,6 +140,11 @@ def load_suite(name: str, *, root: Path) -> Suite:
     if name not in suite_names():
         raise unknown("suite", name, suite_names())
     return read_suite(PACKAGED / f"{name}.yaml")
+
+
+def packaged_texts(names: tuple[str, ...]) -> dict[str, str]:
+    """SHA-256 of the text of each packaged suite among `names`."""
+    return {name: sha256(PACKAGED / f"{name}.yaml") for name in names if name in suite_names()}
 
 
 def check_together(suites: tuple[Suite, ...]) -> None:

@@ -17,12 +17,16 @@ from fmops.jobs import (
     CurateJob,
     EvaluateJob,
     ExampleJob,
+    GateJob,
     ImportJob,
     ReleaseJob,
     origins,
 )
 from fmops.lifecycle import ExampleSource, Lifecycle
 from fmops.stage import STAGES, Stage
+
+TO_COME = "to come"
+"""Stands for the round's rotation until the sources are known."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,15 @@ class _Builder:
         spec = self.spec
         self.add("base", "import", ImportJob(), {"source": (spec.base,)})
         if spec.evaluate:
-            from fmops.evaluation.suites import suite_sources
+            from fmops.evaluation.suites import packaged_texts, suite_sources
 
             pinned = {name: (uri,) for name, uri in suite_sources(spec.evaluate.suites, root=self.root).items()}
-            job = BenchmarksJob(suites=spec.evaluate.suites, limit=spec.evaluate.limit)
+            # With rotation all items are pinned, and kept out of the training data; a round asks some of them.
+            job = BenchmarksJob(
+                suites=spec.evaluate.suites,
+                limit=None if spec.evaluate.rotate else spec.evaluate.limit,
+                texts=packaged_texts(spec.evaluate.suites),
+            )
             self.benchmarks = self.add("benchmarks", "benchmarks", job, pinned)
         if spec.data.corpora:
             tokens = spec.pretrain.tokens if spec.pretrain else None
@@ -109,7 +118,7 @@ class _Builder:
     def evaluate(self, checkpoint: str, *, name: str) -> str | None:
         if not self.spec.evaluate:
             return None
-        job = EvaluateJob(limit=self.spec.evaluate.limit)
+        job = EvaluateJob(limit=self.spec.evaluate.limit, rotation=TO_COME if self.spec.evaluate.rotate else None)
         return self.add(
             name, "evaluate", job, {}, checkpoint=checkpoint, benchmarks=self.benchmarks, corpus=self.corpus
         )
@@ -148,7 +157,17 @@ class _Builder:
         """The gate, when there is a candidate to judge, and the release."""
         gate = None
         if self.spec.gate and report != self.base_report:
-            gate = self.add("gate", "gate", self.spec.gate, {}, champion=self.base_report, challenger=report)
+            gate = self.add(
+                "gate",
+                "gate",
+                GateJob.model_validate(self.spec.gate.model_dump()),
+                {},
+                champion=self.base_report,
+                challenger=report,
+                corpus=self.corpus,
+                conversations=self.conversations,
+                preferences=self.preferences,
+            )
         self.add(
             "release",
             "release",

@@ -7,10 +7,12 @@ Refuses: nothing; it changes nothing but for setting damaged artifacts aside whe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-from fmops.artifacts import Source
+from fmops.artifacts import Judged, Source
+from fmops.jobs import EvaluateJob, GateJob
 from fmops.orchestration.graph import Graph, Node
 from fmops.store import InputRef, Record, Store, fingerprint_of, source_digest
 
@@ -32,6 +34,8 @@ class Step:
     record: Record | None = None
 
 
+_JUDGING = ("benchmarks", "evaluation", "gate", "release")
+"""Kinds of artifact that do not decide what the candidate is."""
 Sources = Mapping[tuple[str, ...], Source]
 
 
@@ -61,6 +65,7 @@ class Planner:
         if open_inputs:
             return Step(node=node, state="waiting", reason=f"after {', '.join(dict.fromkeys(open_inputs))}")
         inputs = self._inputs(node, before)
+        node = self._of_this_round(node, inputs)
         fingerprint = fingerprint_of(
             stage=node.stage.name,
             version=node.stage.version,
@@ -92,6 +97,46 @@ class Planner:
             inputs[parameter] = InputRef(kind="source", ref=" ".join(uris), digest=source_digest(source))
         return inputs
 
+    def _of_this_round(self, node: Node, inputs: Mapping[str, InputRef]) -> Node:
+        """A node with what only the workspace knows: which items a rotating round asks, what the gate has tested."""
+        if isinstance(node.config, EvaluateJob) and node.config.rotation is not None:
+            return replace(node, config=node.config.model_copy(update={"rotation": self._candidate}))
+        if isinstance(node.config, GateJob):
+            return replace(node, config=node.config.model_copy(update={"earlier": self._tested(node, inputs)}))
+        return node
+
+    @cached_property
+    def _candidate(self) -> str:
+        """A digest of everything that the candidate is made from: data, settings, seed and stage versions.
+
+        It decides the items of a rotating round. Who wants to train on them would have to know them first, and they
+        are known only when the training data is settled.
+        """
+        making = [node for node in self.graph.nodes.values() if node.stage.output.kind not in _JUDGING]
+        return fingerprint_of(
+            stage="candidate",
+            version=1,
+            seed=self.graph.spec.seed,
+            config={node.name: [node.stage.version, node.config.model_dump(mode="json")] for node in making},
+            inputs={
+                f"{node.name}.{name}": source_digest(self.sources[uris])
+                for node in making
+                for name, uris in node.sources.items()
+            },
+        )
+
+    def _tested(self, node: Node, inputs: Mapping[str, InputRef]) -> tuple[Judged, ...]:
+        """The rounds before this one. A comparison that was made keeps its place: asking again costs nothing."""
+        gates = [record for record in self.store.records() if record.stage == node.stage.name]
+        asked = node.config.model_dump(mode="json", exclude={"earlier"})
+        digests = {name: ref.digest for name, ref in inputs.items()}
+        for record in gates:
+            policy = {name: value for name, value in record.config.items() if name != "earlier"}
+            if policy == asked and {name: ref.digest for name, ref in record.inputs.items()} == digests:
+                return tuple(map(Judged.model_validate, record.config.get("earlier", ())))
+        longest: list[Any] = max((record.artifact.get("rounds", []) for record in gates), key=len, default=[])
+        return tuple(map(Judged.model_validate, longest))
+
     def _why(self, node: Node, inputs: Mapping[str, InputRef]) -> str:
         last = self.newest.get(node.name)
         if last is None:
@@ -100,7 +145,8 @@ class Planner:
             return f"stage code version {last.version} → {node.stage.version}"
         if last.seed != self.graph.spec.seed:
             return f"seed {last.seed} → {self.graph.spec.seed}"
-        changes = config_changes(last.config, node.config.model_dump(mode="json"))
+        settled = {name: value for name, value in last.config.items() if name != "earlier"}
+        changes = config_changes(settled, node.config.model_dump(mode="json", exclude={"earlier"}))
         changes += [
             f"input {name} changed"
             for name in sorted({*inputs, *last.inputs})
