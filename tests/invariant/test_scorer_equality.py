@@ -122,7 +122,9 @@ def test_a_context_too_long_for_the_model_loses_its_beginning(ours, theirs, monk
     rng = random.Random(4)
     context = text(rng, 120)
     requests = [request("loglikelihood", context, " " + text(rng, words)) for words in (2, 9)]
+    before = ours.truncated
     mine, reference = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
+    assert ours.truncated == before + 2
     assert max(abs(a[0] - b[0]) for a, b in zip(mine, reference, strict=True)) < TOLERANCE
 
 

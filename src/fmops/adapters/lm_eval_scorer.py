@@ -68,10 +68,13 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
             local_files_only=True,
             trust_remote_code=False,
         ).eval()
+        _refuse_misfit(self.tokenizer, self.model, folder)
         self.journal = journal or Journal()
         self.on_progress = on_progress or (lambda _: None)
         self.pack_tokens = pack_tokens
         self.shares = shares_prefixes(self.model)
+        self.truncated = 0
+        """Contexts so far that lost their beginning, because the model has no room for them."""
         self._encoded: dict[str, list[int]] = {}
 
     @property
@@ -156,6 +159,7 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         if room < 1:
             raise FmopsError(f"an answer of {len(answer)} tokens does not fit the model's {self.max_length}.")
         kept = context[-room:]
+        self.truncated += len(kept) < len(context)
         return Read((*kept, *answer[:-1]), len(kept) - 1)
 
     def _each(self, keys: dict[int, str], do: Callable[[int], Any]) -> Iterator[tuple[int, Any]]:
@@ -205,13 +209,11 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         texts: dict[int, str] = {}
         for places in groups.values():
-            options = Greedy.of(requests[places[0]].args[1], self.tokenizer, self._ends())
+            options = self.greedy(requests[places[0]].args[1])
             room = self.max_length - options.new_tokens
-            if room < 1:
-                raise FmopsError(
-                    f"max_gen_toks {options.new_tokens} leaves no room in the model's {self.max_length} tokens."
-                )
-            prompts = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
+            prompts = [self.tok_encode(requests[place].args[0]) for place in places]
+            self.truncated += sum(len(prompt) > room for prompt in prompts)
+            prompts = [prompt[-room:] for prompt in prompts]
             answers = (
                 continue_prompts(self.model, prompts, options, journal=self.journal, pack_tokens=self.pack_tokens)
                 if self.shares
@@ -222,10 +224,33 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
                 self.on_progress(len(texts) / len(requests))
         return [texts[place] for place in range(len(requests))]
 
-    def _ends(self) -> frozenset[int]:
+    def greedy(self, given: dict[str, Any]) -> Greedy:
+        """A task's `generation_kwargs`, checked.
+
+        Raises:
+            FmopsError: more than greedy decoding is asked for, or an answer leaves no room for a prompt.
+        """
         stated = self.model.generation_config.eos_token_id
         ends = stated if isinstance(stated, list) else [stated]
-        return frozenset({self.eot_token_id, *(end for end in ends if end is not None)})
+        named = frozenset({self.eot_token_id, *(end for end in ends if end is not None)})
+        options = Greedy.of(given, self.tokenizer, named)
+        if options.new_tokens >= self.max_length:
+            raise FmopsError(
+                f"max_gen_toks {options.new_tokens} leaves no room in the model's {self.max_length} tokens."
+            )
+        return options
+
+
+def _refuse_misfit(tokenizer: Any, model: Any, folder: Path) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise FmopsError(
+            f"{folder}: the tokenizer does not fit the model: it gives token ids up to {highest}, and the model has "
+            f"{rows} embeddings. Take the tokenizer that the model was trained with."
+        )
+    if tokenizer.eos_token_id is None:
+        raise FmopsError(f"{folder}: the tokenizer names no end of text. Set eos_token in tokenizer_config.json.")
 
 
 def _texts(context: str, continuation: str) -> Iterator[str]:

@@ -29,10 +29,15 @@ def score(
     """Rows of all tasks; finished chunks come from the journals in `work`, and new ones go there.
 
     `on_progress` is told how many items are done, in parts of items.
+
+    Raises:
+        FmopsError: an answer without room in the model, known before anything is scored.
     """
-    from fmops.adapters.lm_eval import run_task
+    from fmops.adapters.lm_eval import check_fit, run_task
 
     templated = bool(lm.tokenizer.chat_template)
+    for task, documents in entries:
+        check_fit(lm, task, documents)
     rows: list[dict[str, Any]] = []
     done = 0
     for task, documents in entries:
