@@ -135,6 +135,7 @@ class FakeEngine:
             self.left += 1
             return False
         gone.cancel()
+        await asyncio.wait({gone})
         return True
 
 
