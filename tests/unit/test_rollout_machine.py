@@ -216,7 +216,8 @@ def test_traces_of_other_releases_and_of_spoilt_requests_do_not_count():
     others = [trace.model_copy(update={"release": "release-old"}) for trace in traces]
     spoilt = [trace.model_copy(update={"status": 429, "signals": {}}) for trace in traces]
     left = [trace.model_copy(update={"status": 499, "finish_reason": "cancelled"}) for trace in traces]
-    assert observe(start, [*others, *spoilt, *left]) == start
+    retried = [trace.model_copy(update={"retry_of": "r0"}) for trace in traces]
+    assert observe(start, [*others, *spoilt, *left, *retried]) == start
 
 
 def test_each_step_says_what_it_can_see():

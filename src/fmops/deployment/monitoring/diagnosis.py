@@ -39,7 +39,6 @@ class Rule(Frozen):
     stage: Stage
     all_of: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
-    none_of: tuple[str, ...] = ()
     confirm: str
     refute: str
 
@@ -51,15 +50,14 @@ RULES = (
         refute="A fresh engine answers otherwise, too: then parity was proved on another machine.",
     ),
     Rule(
-        cause="infrastructure", stage="alert", any_of=("failing", "slow"),
-        none_of=("unsafe", "malformed", "refusing", "disliked"),
-        confirm="Engine logs, memory and queue show errors; the previous release on the same machine fails as well.",
-        refute="Errors stop when the previous release serves: then it is a release fault.",
-    ),
-    Rule(
         cause="release fault", stage="rollback", any_of=("worse release",),
         confirm="The previous release, given the same prompts, does not show the signal.",
         refute="The previous release shows it on today's prompts as well: the traffic changed, not the model.",
+    ),
+    Rule(
+        cause="infrastructure", stage="alert", any_of=("failing", "slow"),
+        confirm="Engine logs, memory and queue show errors; the previous release on the same machine fails as well.",
+        refute="Errors stop when the previous release serves: then it is a release fault.",
     ),
     Rule(
         cause="unsafe answers", stage="align", any_of=("unsafe",),
@@ -157,11 +155,7 @@ def facts_of(findings: Findings) -> frozenset[str]:
 
 
 def _holds(rule: Rule, facts: frozenset[str]) -> bool:
-    return (
-        facts.issuperset(rule.all_of)
-        and (not rule.any_of or not facts.isdisjoint(rule.any_of))
-        and facts.isdisjoint(rule.none_of)
-    )
+    return facts.issuperset(rule.all_of) and (not rule.any_of or not facts.isdisjoint(rule.any_of))
 
 
 def _words(facts: Iterable[str], findings: Findings) -> tuple[str, ...]:
@@ -183,3 +177,13 @@ def _words(facts: Iterable[str], findings: Findings) -> tuple[str, ...]:
 
 def _examples(alarms: Iterable[Alarm]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(trace for alarm in alarms for trace in alarm.examples))[:10]
+
+
+def table() -> str:
+    """The rules in Markdown, as the docs show them."""
+    lines = ["| cause | stage | facts |", "|---|---|---|"]
+    for rule in RULES:
+        parts = [*rule.all_of, " or ".join(rule.any_of)] if rule.any_of else list(rule.all_of)
+        facts = " and ".join(f"({part})" if " or " in part and len(parts) > 1 else part for part in parts)
+        lines.append(f"| {rule.cause} | {rule.stage} | {facts} |")
+    return "\n".join(lines)

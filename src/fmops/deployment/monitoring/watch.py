@@ -263,18 +263,15 @@ def next_release(state: Watch, release: str) -> Watch:
 
 
 def worse_than_before(state: Watch, tolerances: Mapping[str, float]) -> tuple[str, ...]:
-    """Signals whose normal is worse than under the release before, beyond the tolerance."""
+    """Signals whose normal is worse than under the release before, beyond the tolerance.
+
+    Only the reference counts, the first answers after the promotion: what begins later is not the release's fault.
+    """
     alpha = 0.1 / len(RATES)
     return tuple(
         name
         for name, before in state.before.items()
-        if state.rates[name].reference.n
-        and risk_has_risen(
-            before,
-            state.rates[name].reference + state.rates[name].since,
-            tolerance=tolerances.get(name, TOLERANCE),
-            alpha=alpha,
-        )
+        if risk_has_risen(before, state.rates[name].reference, tolerance=tolerances.get(name, TOLERANCE), alpha=alpha)
     )
 
 

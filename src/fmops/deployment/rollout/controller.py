@@ -144,7 +144,7 @@ class Controller:
             if (state.phase, state.step) != (saved.state.phase, saved.state.step):
                 after = _noted(after, now)
             fault_site("rollout-before-save")
-            return self._settle(self._save(after))
+            return self._settle(after if after == saved else self._save(after))
 
     def read(self) -> Saved | None:
         """The rollout as it was last saved."""

@@ -181,8 +181,8 @@ def observe(evidence: Evidence, traces: Iterable[Trace]) -> Evidence:
     for trace in traces:
         expected = evidence.champion if trace.arm == "champion" else evidence.challenger
         seen = signals_of(trace)
-        if trace.release != expected or not seen:
-            continue
+        if trace.release != expected or not seen or trace.retry_of:
+            continue  # a retry goes where the first try did not succeed, not where chance sent it
         share = evidence.share_at(trace.started_s)
         if trace.arm != "champion":
             last = max(last, trace.started_s + trace.duration_s)
