@@ -148,10 +148,11 @@ def show(found: dict[str, Any]) -> None:
         print(f"{name}: loads in {found['load_s'][name]} s; memory allows {limit} tokens/s to one client")
         for count, row in by.items():
             rate = row["tokens_per_s"]
+            first, gap = row["first_token_s"]["median"], row["between_tokens_s"]["median"] * 1e3
             print(
                 f"  {count:>2} clients: {rate['median']:6.1f} tokens/s (range {rate['low']:.1f}–{rate['high']:.1f}), "
-                f"{row['tokens_per_cpu_s']['median']:.1f} a CPU second, first token {row['first_token_s']['median']:.2f} s, between tokens "
-                f"{row['between_tokens_s']['median'] * 1e3:.0f} ms, {row['peak_mb']['high']:.0f} MB"
+                f"{row['tokens_per_cpu_s']['median']:.1f} a CPU second, first token {first:.2f} s, "
+                f"between tokens {gap:.0f} ms, {row['peak_mb']['high']:.0f} MB"
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import shutil
+from importlib.util import find_spec
 
 import pytest
 
@@ -33,13 +35,16 @@ CHATS = [
 ]
 
 
-NEEDS = {"openvino": "openvino_genai"}
+NEEDS = {"openvino": "openvino_genai", "vllm": "vllm"}
+"""Packages; llama.cpp needs its program."""
 
 
 @pytest.fixture(scope="module", params=sorted(ENGINES))
 def engine(request, tiny_model):
     if request.param in NEEDS:
         pytest.importorskip(NEEDS[request.param], reason=f"the engine {request.param} is not installed")
+    if request.param == "llama.cpp" and shutil.which("llama-server") is None:
+        pytest.skip("llama-server is not on the PATH")
     loaded = load_engine(request.param, tiny_model, max_tokens=1024, threads=1)
     yield loaded
     loaded.close()
@@ -191,6 +196,18 @@ def test_a_closed_engine_ends_what_runs_with_an_error(tiny_model):
 def test_an_unknown_engine_is_refused_with_the_nearest():
     with pytest.raises(FmopsError, match=r"unknown engine 'transfomers'\. Did you mean 'transformers'\?"):
         engine_name("transfomers")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_says_what_is_missing(tiny_model):
+    with pytest.raises(FmopsError, match="the engine 'vllm' needs the package 'vllm', which is not installed"):
+        load_engine("vllm", tiny_model, max_tokens=64, threads=1)
+
+
+@pytest.mark.skipif(shutil.which("llama-server") is not None, reason="llama.cpp is installed")
+def test_llama_cpp_without_its_program_says_so(tiny_model):
+    with pytest.raises(FmopsError, match="llama-server is not on the PATH"):
+        load_engine("llama.cpp", tiny_model, max_tokens=64, threads=1)
 
 
 def test_auto_takes_float32_while_memory_can_feed_it_at_a_readers_pace(tiny_model, monkeypatch):

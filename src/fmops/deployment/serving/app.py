@@ -216,6 +216,7 @@ class _Api:
         generation = Generation(
             prompt=tuple(prompt), max_tokens=max_tokens, temperature=temperature, top_p=body.top_p or 1.0,
             seed=body.seed, stop=tuple(body.stop or ()), top_logprobs=top_logprobs or 0,
+            cache_salt=body.cache_salt or "",
         )  # fmt: skip
         answer = self._service.open(generation, operation=kind)
         reply = Reply(

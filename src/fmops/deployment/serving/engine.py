@@ -20,6 +20,8 @@ from fmops.errors import EXIT_FAILED, FmopsError, unknown
 ENGINES = {
     "transformers": "fmops.adapters.transformers_engine:TransformersEngine",
     "openvino": "fmops.adapters.openvino_engine:OpenVinoEngine",
+    "vllm": "fmops.adapters.vllm_engine:VllmEngine",
+    "llama.cpp": "fmops.adapters.llama_cpp_engine:LlamaCppEngine",
 }
 READERS_PACE = 10.0
 """Tokens a second that one client should get at least: twice as fast as people read."""
@@ -55,6 +57,8 @@ class Generation:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    cache_salt: str = ""
+    """Requests with another salt share no cached prefix, where an engine caches over requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +168,13 @@ def load_engine(name: str, folder: Path, *, max_tokens: int, threads: int) -> En
         FmopsError: no such engine, or the model cannot be served by it.
     """
     module, _, attribute = ENGINES[engine_name(name)].partition(":")
-    kind: Callable[..., Engine] = getattr(import_module(module), attribute)
+    try:
+        kind: Callable[..., Engine] = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        raise FmopsError(
+            f"the engine {name!r} needs the package {error.name!r}, which is not installed. Install it, or set "
+            "serve.engine to another engine."
+        ) from error
     return kind(folder, max_tokens=max_tokens, threads=threads)
 
 
