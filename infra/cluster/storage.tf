@@ -74,7 +74,7 @@ locals {
     for name, bucket in local.buckets : name => {
       Sid       = "TlsOnly"
       Effect    = "Deny"
-      Principal = "*"
+      Principal = { AWS = "*" }
       Action    = "s3:*"
       Resource  = [bucket.arn, "${bucket.arn}/*"]
       Condition = { Bool = { "aws:SecureTransport" = "false" } }
@@ -109,6 +109,8 @@ resource "aws_s3_bucket_logging" "artifacts" {
   bucket        = aws_s3_bucket.artifacts.id
   target_bucket = aws_s3_bucket.logs.id
   target_prefix = "artifacts/"
+  # S3 asks the target's policy before it accepts it.
+  depends_on = [aws_s3_bucket_policy.logs]
 }
 
 resource "aws_s3_bucket_lifecycle_configuration" "artifacts" {

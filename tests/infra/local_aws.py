@@ -4,12 +4,13 @@ Enters: HTTP requests of the AWS provider. Leaves: answers in EKS's JSON, kept i
 Refuses: nothing on its own: what neither knows is moto's error, and the apply fails on it.
 
 moto 5.2 has EKS clusters and node groups. Add-ons, access entries, Pod Identity associations and the subscribers of
-budgets are answered here, in the form of AWS's API references: enough to prove the order of creation and destruction, no
-proof that AWS accepts a value.
+budgets are answered here, in the form of AWS's API references: enough to prove the order of creation and destruction,
+no proof that AWS accepts a value.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -57,9 +58,7 @@ class EksExtras:
 
     def answer(self, request: Request, cluster: str, kind: str, rest: list[str]) -> Response:
         body = json.loads(request.get_data() or b"{}")
-        method = {"addons": self.addon, "access-entries": self.entry, "pod-identity-associations": self.association}[
-            kind
-        ]
+        kinds = {"addons": self.addon, "access-entries": self.entry, "pod-identity-associations": self.association}
         try:
             return _json(kinds[kind](request.method, cluster, rest, body))
         except KeyError as missing:
@@ -141,7 +140,16 @@ def _json(body: dict[str, Any], *, status: int = 200, error: str = "") -> Respon
 def application() -> tuple[Callable[..., Any], EksExtras]:
     """The WSGI application, and its memory of what moto lacks."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from moto.rds import models as rds
 
+    # moto gives every database the same resource id, by which the provider then finds two.
+    made = rds.DBInstance.__init__
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.dbi_resource_id = f"db-{hashlib.sha256(self.db_instance_identifier.encode()).hexdigest()[:26].upper()}"
+
+    rds.DBInstance.__init__ = make  # type: ignore[method-assign]
     moto, extras = DomainDispatcherApplication(create_backend_app), EksExtras()
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:

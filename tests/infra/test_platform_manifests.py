@@ -1,0 +1,245 @@
+"""Every manifest of the platform is one that the cluster takes and our rules allow; each check can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+
+import pytest
+import yaml
+from manifests import (
+    OWN_CHARTS,
+    PLATFORM,
+    PROFILES,
+    UNCHECKED,
+    cluster_values,
+    crd_folder,
+    helm,
+    image_lock,
+    manifests,
+    policy_findings,
+    schema_findings,
+)
+
+pytestmark = pytest.mark.xdist_group("infra-manifests")
+
+
+def find(kind, name=None, profile="gpu"):
+    """A copy of one manifest, to break."""
+    for manifest in manifests(profile):
+        if manifest["kind"] == kind and name in (None, manifest["metadata"]["name"]):
+            return copy.deepcopy(manifest)
+    raise AssertionError(f"the platform has no {kind} {name or ''}")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_manifest_fits_its_schema(profile):
+    folder = crd_folder()
+    assert [finding for manifest in manifests(profile) for finding in schema_findings(manifest, folder)] == []
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_manifest_keeps_the_rules(profile):
+    assert [finding for manifest in manifests(profile) for finding in policy_findings(manifest)] == []
+
+
+def test_every_exception_from_the_schemas_is_used():
+    used = {f"{m['apiVersion'].partition('/')[0]}/{m['kind']}" for profile in PROFILES for m in manifests(profile)}
+    assert used >= UNCHECKED
+
+
+def unknown_field(manifest):
+    manifest["spec"]["limitz"] = {"cpu": 1}
+
+
+def wrong_type(manifest):
+    manifest["spec"]["template"]["spec"]["expireAfter"] = 504
+
+
+def unknown_deep(manifest):
+    manifest["spec"]["listeners"][0]["allowedRoutes"]["namespace"] = {"from": "Same"}
+
+
+def unknown_core(manifest):
+    manifest["spec"]["podSelectr"] = {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "said"),
+    [
+        ("NodePool", unknown_field, "limitz"),
+        ("NodePool", wrong_type, "504 is not of type 'string'"),
+        ("Gateway", unknown_deep, "namespace"),
+        ("NetworkPolicy", unknown_core, "podSelectr"),
+    ],
+)
+def test_a_manifest_that_the_cluster_would_refuse_is_refused_here(kind, damage, said):
+    manifest = find(kind)
+    damage(manifest)
+    assert said in " ".join(schema_findings(manifest, crd_folder()))
+
+
+def test_a_kind_without_a_schema_is_not_let_through():
+    manifest = {"apiVersion": "example.com/v1", "kind": "Novelty", "metadata": {"name": "x"}}
+    assert "no schema for example.com/v1 Novelty" in schema_findings(manifest, crd_folder())[0]
+
+
+def runtime_container(manifest):
+    return manifest["spec"]["containers"][0]
+
+
+DAMAGES = {
+    "IMDSv1": ("EC2NodeClass", lambda m: m["spec"]["metadataOptions"].update(httpTokens="optional"), "IMDSv2"),
+    "two hops": ("EC2NodeClass", lambda m: m["spec"]["metadataOptions"].update(httpPutResponseHopLimit=2), "IMDSv2"),
+    "plain disk": (
+        "EC2NodeClass",
+        lambda m: m["spec"]["blockDeviceMappings"][0]["ebs"].update(encrypted=False),
+        "not encrypted",
+    ),
+    "moving image": (
+        "EC2NodeClass",
+        lambda m: m["spec"].update(amiSelectorTerms=[{"alias": "al2023@latest"}]),
+        "moves by itself",
+    ),
+    "public node": ("EC2NodeClass", lambda m: m["spec"].pop("associatePublicIPAddress"), "public address"),
+    "no limit": ("NodePool", lambda m: m["spec"].pop("limits"), "without a limit"),
+    "public gateway": ("Gateway", lambda m: m["spec"].pop("infrastructure"), "public load balancer"),
+    "plain listener": ("Gateway", lambda m: m["spec"]["listeners"][0].update(protocol="HTTP"), "without TLS"),
+    "privileged": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["securityContext"].update(privileged=True),
+        "is privileged",
+    ),
+    "capability": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["securityContext"].update(capabilities={"add": ["SYS_ADMIN"]}),
+        "is privileged",
+    ),
+    "escalation": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["securityContext"].pop("allowPrivilegeEscalation"),
+        "may gain privileges",
+    ),
+    "no requests": ("ClusterServingRuntime", lambda m: runtime_container(m)["resources"].pop("requests"), "requests"),
+    "no limits": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["resources"].pop("limits"),
+        "limit of memory",
+    ),
+    "tag": ("ClusterServingRuntime", lambda m: runtime_container(m).update(image="vllm/vllm-openai:v1"), "no digest"),
+    "host": ("ClusterServingRuntime", lambda m: m["spec"].update(hostNetwork=True), "node's network"),
+    "moving chart": ("Application", lambda m: m["spec"]["source"].update(targetRevision="1.*"), "moves"),
+    "moving branch": ("Application", lambda m: m["spec"]["source"].update(targetRevision="main"), "moves"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_manifest_that_breaks_a_rule_is_found(name):
+    kind, damage, said = DAMAGES[name]
+    manifest = find(kind)
+    assert policy_findings(manifest) == []
+    damage(manifest)
+    assert said in " ".join(policy_findings(manifest))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"kind": "Service", "metadata": {"name": "grafana"}, "spec": {"type": "LoadBalancer"}},
+        {"kind": "Ingress", "metadata": {"name": "ray"}, "spec": {}},
+        {"kind": "RayCluster", "metadata": {"name": "ray"}, "spec": {}},
+        {
+            "kind": "RayJob",
+            "metadata": {"name": "ray"},
+            "spec": {"rayClusterSpec": {"authOptions": {"mode": "disabled"}}},
+        },
+        {"kind": "RayService", "metadata": {"name": "ray"}, "spec": {"rayClusterConfig": {}}},
+    ],
+    ids=lambda m: m["kind"],
+)
+def test_what_opens_the_cluster_is_found(manifest):
+    assert policy_findings(manifest)
+
+
+def test_the_waves_hold_what_each_needs():
+    waves = {
+        m["metadata"]["name"]: int(m["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"])
+        for profile in PROFILES
+        for m in manifests(profile)
+        if m["kind"] == "Application"
+    }
+    needs = {
+        "karpenter": ["foundations"],
+        "nodes": ["karpenter"],
+        "secrets": ["external-secrets"],
+        "nvidia-device-plugin": ["karpenter"],
+        "kube-prometheus-stack": ["nodes", "secrets"],
+        "kserve": ["cert-manager", "kserve-crd", "envoy-gateway"],
+        "queues": ["kueue"],
+        "serving": ["kserve", "envoy-gateway", "cert-manager"],
+        "monitoring": ["kube-prometheus-stack"],
+        "dcgm-exporter": ["kube-prometheus-stack"],
+        "mlflow": ["secrets"],
+        "dagster": ["secrets", "kuberay"],
+    }
+    late = [f"{app} before {other}" for app, others in needs.items() for other in others if waves[app] <= waves[other]]
+    assert late == []
+
+
+def test_every_application_lands_in_a_namespace_that_is_made_and_waits_for_its_removal():
+    spaces = {m["metadata"]["name"] for m in manifests("gpu") if m["kind"] == "Namespace"} | {"kube-system"}
+    for manifest in manifests("gpu"):
+        if manifest["kind"] == "Application":
+            assert manifest["spec"]["destination"]["namespace"] in spaces
+            assert manifest["metadata"]["finalizers"] == ["resources-finalizer.argocd.argoproj.io"]
+
+
+def test_accelerators_come_with_their_profile_alone():
+    apps = {p: {m["metadata"]["name"] for m in manifests(p) if m["kind"] == "Application"} for p in PROFILES}
+    assert {"nvidia-device-plugin", "dcgm-exporter"} <= apps["gpu"] - apps["neuron"] - apps["cpu"]
+    assert "neuron-device-plugin" in apps["neuron"] - apps["gpu"] - apps["cpu"]
+    assert "efa-device-plugin" in apps["gpu"] & apps["neuron"]
+
+
+def test_training_nodes_stand_together_and_are_never_taken_from_a_gang():
+    node_class = find("EC2NodeClass", "training")["spec"]
+    assert node_class["placementGroupSelector"] == {"name": "fmops-training"}
+    assert {"id": "sg-0b"} in node_class["securityGroupSelectorTerms"]
+    pool = find("NodePool", "gpu-training")["spec"]
+    assert pool["template"]["spec"]["expireAfter"] == "Never"
+    assert {"nodes": "0", "reasons": ["Drifted", "Underutilized"]} in pool["disruption"]["budgets"]
+
+
+def test_the_queue_covers_each_pool_with_its_devices():
+    queue = find("ClusterQueue")["spec"]["resourceGroups"][0]
+    assert queue["coveredResources"] == ["cpu", "memory", "nvidia.com/gpu", "vpc.amazonaws.com/efa"]
+    quotas = {f["name"]: {r["name"]: r["nominalQuota"] for r in f["resources"]} for f in queue["flavors"]}
+    assert quotas["gpu-training"]["nvidia.com/gpu"] == 32
+    assert quotas["cpu"]["nvidia.com/gpu"] == 0
+    assert {m["metadata"]["name"] for m in manifests("gpu") if m["kind"] == "ResourceFlavor"} == set(quotas)
+
+
+def test_closed_namespaces_reach_no_metadata_service():
+    for manifest in manifests("cpu"):
+        if manifest["kind"] == "NetworkPolicy" and manifest["metadata"]["name"] == "allow-out":
+            ranges = [to["ipBlock"] for rule in manifest["spec"]["egress"] for to in rule["to"] if "ipBlock" in to]
+            assert {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16"]} in ranges
+
+
+def test_the_alerts_are_those_that_fmops_ships():
+    shipped = yaml.safe_load((PLATFORM / "../../src/fmops/deployment/monitoring/prometheus/alerts.yaml").read_text())
+    assert find("PrometheusRule", "fmops")["spec"] == shipped
+
+
+def test_a_platform_without_a_revision_is_refused():
+    done = subprocess.run([helm(), "template", "apps", str(PLATFORM / "apps")], capture_output=True, text=True)
+    assert "git.repo is empty: name your fork" in done.stderr
+
+
+@pytest.mark.parametrize("chart", OWN_CHARTS)
+def test_helm_lint(chart):
+    values = {"cluster": cluster_values("gpu"), "images": image_lock(), "git": {"repo": "https://x", "revision": "v1"}}
+    command = [helm(), "lint", "--strict", str(PLATFORM / chart), "--values", "-"]
+    done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
