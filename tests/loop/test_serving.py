@@ -174,14 +174,14 @@ def test_metrics_count_requests_and_tokens(server, client):
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
     tokens, answers = (
-        'fmops_tokens_total{gen_ai_token_type="output"}',
+        "vllm:generation_tokens_total",
         "gen_ai_server_time_to_first_token_seconds_count",
     )
     before = value(tokens), value(answers)
     client.chat.completions.create(**CHAT)
     assert (value(tokens), value(answers)) == (before[0] + 12, before[1] + 1)
     assert value("gen_ai_server_request_duration_seconds_count") >= 1
-    assert value("fmops_requests_running") == 0
+    assert value("vllm:num_requests_running") == 0
     assert value(f'fmops_release_info{{version="{VERSION}"}}') == 1
 
 
@@ -300,7 +300,7 @@ def test_beyond_the_queue_a_request_is_told_when_to_come_back(scripted):
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
         metrics = client.get(f"{scripted.url}/metrics").text
-        assert f"fmops_requests_waiting {limit - scripted.engine.slots}.0" in metrics
+        assert f'vllm:num_requests_waiting{{model_name="{VERSION}"}} {limit - scripted.engine.slots}.0' in metrics
         for emit in scripted.engine.emits:
             emit(token("done", finish="stop"))
         assert all("[DONE]" in stream.read().decode() for stream in streams)

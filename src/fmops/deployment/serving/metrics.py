@@ -4,7 +4,7 @@ Enters: events of requests. Leaves: Prometheus text.
 Refuses: a global registry; two servers in one process count apart.
 
 Names follow OpenTelemetry's conventions for generative AI servers where it has one (gen_ai.server.*), with its bucket
-boundaries; the rest starts with `fmops_`.
+boundaries, then vLLM's, so that what was made for vLLM reads any engine here; the rest starts with `fmops_`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,22 @@ class ServerMetrics:
         self.requests = Counter(
             "fmops_http_requests", "Requests by route and status.", ["route", "status"], registry=registry
         )
-        self.tokens = Counter(
-            "fmops_tokens", "Tokens read (input) and generated (output).", ["gen_ai_token_type"], registry=registry
-        )
-        self._gauge("fmops_requests_running", "Requests that advance now.", running)
-        self._gauge("fmops_requests_waiting", "Requests that wait for a slot.", waiting)
+        self._model = version
+        self._prompt_tokens = Counter("vllm:prompt_tokens", "Tokens read.", ["model_name"], registry=registry)
+        self._new_tokens = Counter("vllm:generation_tokens", "Tokens generated.", ["model_name"], registry=registry)
+        self._gauge("vllm:num_requests_running", "Requests that advance now.", running)
+        self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot.", waiting)
         Gauge("fmops_release_info", "The release that is served.", ["version"], registry=registry).labels(version).set(
             1
         )
+
+    def read(self, tokens: int) -> None:
+        """Count a prompt."""
+        self._prompt_tokens.labels(self._model).inc(tokens)
+
+    def generated(self) -> None:
+        """Count a token."""
+        self._new_tokens.labels(self._model).inc()
 
     def text(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -54,4 +62,4 @@ class ServerMetrics:
         return text
 
     def _gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
-        Gauge(name, what, registry=self._registry).set_function(read)
+        Gauge(name, what, ["model_name"], registry=self._registry).labels(self._model).set_function(read)

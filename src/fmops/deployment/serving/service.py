@@ -50,7 +50,7 @@ class Answer:
                 self._outcome = "error"
                 raise event
             count += 1
-            metrics.tokens.labels("output").inc()
+            metrics.generated()
             if count == 1:
                 first = now
                 metrics.first_token.labels(self._operation).observe(now - self._started)
@@ -139,7 +139,7 @@ class Service:
             raise RequestError(str(error), code="engine_failed", status=503) from None
         self._answers.add(answer)
         self._empty.clear()
-        self.metrics.tokens.labels("input").inc(answer.prompt_tokens)
+        self.metrics.read(answer.prompt_tokens)
         return answer
 
     def leave(self, answer: Answer, *, seconds: float, outcome: str) -> None:
