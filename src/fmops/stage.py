@@ -52,7 +52,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
-        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks),
+        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=2),
         Stage("curate", "fmops.data.curate:curate", Corpus, version=2),
         Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=2),
         Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=2),

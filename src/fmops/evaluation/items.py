@@ -7,6 +7,7 @@ Refuses: formats it does not know, rows without the key, options without a label
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -16,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fmops.artifacts import Source
+from fmops.artifacts import Source, SourceFile
 from fmops.errors import FmopsError, nearest
 from fmops.evaluation.protocol import digest
 from fmops.evaluation.suites import SuiteTask
 
-FORMATS = (".csv", ".json", ".jsonl", ".txt")
+FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 _LETTER = re.compile(r"(?:^|\n)\s*([A-J])\. ")
 
 
@@ -30,7 +31,7 @@ def odd(text: str) -> bool:
     return bool(hashlib.sha256(text.strip().lower().encode()).digest()[-1] & 1)
 
 
-def read_items(name: str, task: SuiteTask, source: Source) -> list[dict[str, Any]]:
+def read_items(name: str, task: SuiteTask, source: Source | None) -> list[dict[str, Any]]:
     """Every usable document of a task, in source order, each once.
 
     Raises:
@@ -50,8 +51,9 @@ def read_items(name: str, task: SuiteTask, source: Source) -> list[dict[str, Any
         cluster = str(row[task.cluster or task.key])
         documents.setdefault(identity, {**document, "id": identity, "cluster": digest([name, cluster])[:16]})
     if not documents:
+        where = source.uri if source else "its suite"
         raise FmopsError(
-            f"task {name}: none of the {rows} rows of {source.uri} is usable. Look at `only`, `half` and `form` in its "
+            f"task {name}: none of the {rows} rows of {where} is usable. Look at `only`, `half` and `form` in its "
             "suite, or name the split that has labels."
         )
     return list(documents.values())
@@ -66,24 +68,38 @@ def choose(documents: list[dict[str, Any]], limit: int | None, *, seed: int | st
     return [documents[index] for index in sorted(order[:limit])]
 
 
-def _rows(task: SuiteTask, source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    for file in source.files:
-        if file.path.suffix not in FORMATS and Path(file.name).suffix not in FORMATS:
-            raise FmopsError(f"{file.name}: items are read from {', '.join(FORMATS)} files. Convert it first.")
-        try:
-            text = file.path.read_text(encoding="utf-8-sig")
-            suffix = file.path.suffix if file.path.suffix in FORMATS else Path(file.name).suffix
-            for number, row in _parse(text, suffix, key=task.key):
-                if not isinstance(row, dict):
-                    raise FmopsError(f"{file.name}:{number}: an item is an object of fields, not {type(row).__name__}.")
-                yield f"{file.name}:{number}", row
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise FmopsError(f"{file.name} is no valid {suffix_of(file.name)} in UTF-8: {error}.") from None
+def _rows(task: SuiteTask, source: Source | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, row in enumerate(task.items or (), start=1):
+        yield f"item {number} of the suite", row
+    for file in source.files if source else ():
+        for number, row in _file_rows(file, key=task.key):
+            if not isinstance(row, dict):
+                raise FmopsError(f"{file.name}:{number}: an item is an object of fields, not {type(row).__name__}.")
+            yield f"{file.name}:{number}", row
+
+
+def _file_rows(file: SourceFile, *, key: str) -> Iterator[tuple[int, Any]]:
+    suffix = suffix_of(file.name) if suffix_of(file.name) in FORMATS else suffix_of(file.path.name)
+    if suffix not in FORMATS:
+        raise FmopsError(f"{file.name}: items are read from {', '.join(FORMATS)} files. Convert it first.")
+    if suffix == ".parquet":
+        from fmops.adapters.parquet import read_table
+
+        yield from enumerate(read_table(file.path), start=1)
+        return
+    opened = gzip.open if file.path.suffix == ".gz" else open
+    try:
+        with opened(file.path, "rt", encoding="utf-8-sig", newline="") as stream:
+            yield from _parse(stream.read().replace("\r\n", "\n"), suffix, key=key)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FmopsError(f"{file.name} is no valid {suffix.removeprefix('.')} in UTF-8: {error}.") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise FmopsError(f"{file.name} is a broken gzip file: {error}. Fetch it again.") from None
 
 
 def suffix_of(name: str) -> str:
-    """The format's name for a message."""
-    return Path(name).suffix.removeprefix(".") or "text"
+    """The format by its suffix, whether packed by gzip or not."""
+    return Path(name.removesuffix(".gz")).suffix
 
 
 def _parse(text: str, suffix: str, *, key: str) -> Iterator[tuple[int, Any]]:

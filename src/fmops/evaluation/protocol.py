@@ -30,6 +30,7 @@ class PinnedTask(Frozen):
     chat: bool
     corpus: str | None
     characters: int | None
+    form: str = "rows"
     items: int
     licence: str
     config: TaskConfig
@@ -82,6 +83,7 @@ def pin(suite: Suite, name: str, *, items: int) -> PinnedTask:
         chat=task.chat,
         corpus=task.corpus,
         characters=task.characters if task.corpus else None,
+        form=task.form,
         items=items,
         licence=task.licence,
         config=task.config,

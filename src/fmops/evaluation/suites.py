@@ -20,8 +20,8 @@ from fmops.integrity import sha256
 from fmops.yaml_lines import parse_yaml
 
 PACKAGED = Path(str(files("fmops.evaluation") / "suites"))
-GENERATION_METRICS = ("refusal", "answered")
-"""Metrics of our own, by the local refusal detector; every other name is lm-evaluation-harness's."""
+GENERATION_METRICS = ("refusal", "answered", "followed")
+"""Metrics of our own: the local refusal detector's and the items' own checks; every other name is the harness's."""
 
 
 class TaskConfig(Frozen):
@@ -42,14 +42,19 @@ class TaskConfig(Frozen):
 
 
 class SuiteTask(Frozen):
-    """One set of items with one way to ask them. Exactly one of `source` and `corpus` is given."""
+    """One set of items with one way to ask them. Exactly one of `source`, `items` and `corpus` is given."""
 
-    source: str | None = Field(None, description="URI of the items: .jsonl, .json, .csv or .txt (one item a line).")
+    source: str | None = Field(
+        None, description="URI of the items: .jsonl, .json, .csv, .txt (one item a line), each also .gz; .parquet."
+    )
+    items: tuple[dict[str, Any], ...] | None = Field(None, description="The items themselves.", min_length=1)
     corpus: Literal["new", "old"] | None = Field(None, description="Held-out documents of the run's own corpus.")
     characters: int = Field(1500, ge=100, description="Of each held-out document, the first so many are scored.")
     licence: str = Field("unknown", description="Of the items, for the model card.")
-    form: Literal["rows", "lettered"] = Field(
-        "rows", description="`lettered`: `options` holds 'A. …' lines; they become `choices` and `label`."
+    form: Literal["rows", "lettered", "cloze"] = Field(
+        "rows",
+        description="`lettered`: `options` holds 'A. …' lines; they become `choices` and `label`. `cloze`: questions "
+        "are made from the documents, with `before`, `choices` and `label`.",
     )
     key: str = Field("text", description="The field that holds the question; stable ids and halves are made from it.")
     cluster: str | None = Field(None, description="Items with equal values here are one cluster. Left out: `key`.")
@@ -73,8 +78,10 @@ class SuiteTask(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> SuiteTask:
-        if (self.source is None) == (self.corpus is None):
-            raise ValueError("give either `source` (items) or `corpus` (held-out documents)")
+        if sum(each is not None for each in (self.source, self.items, self.corpus)) != 1:
+            raise ValueError("give either `source` (items), `items` (here) or `corpus` (held-out documents)")
+        if (self.form == "cloze") and self.corpus is None:
+            raise ValueError("form cloze makes questions from documents: give `corpus`")
         own = [name for name in self.metrics if name in GENERATION_METRICS]
         if own and self.config.output_type != "generate_until":
             raise ValueError(f"metric {own[0]} judges generated text: output_type must be generate_until")

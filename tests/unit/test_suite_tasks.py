@@ -1,0 +1,253 @@
+"""What the packaged suites ask, over rows as their packages hold them; verifiable instructions; gaps in documents."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+from fmops.adapters.lm_eval import build_task, check_task
+from fmops.artifacts import Corpus, Source, SourceFile
+from fmops.errors import FmopsError
+from fmops.evaluation.benchmarks import prepare_benchmarks
+from fmops.evaluation.checks import CHECKS, followed
+from fmops.evaluation.cloze import make_questions
+from fmops.evaluation.evaluate import evaluate
+from fmops.evaluation.items import read_items
+from fmops.evaluation.protocol import pin, read_lines
+from fmops.evaluation.suites import load_suite, packaged_texts, suite_names, suite_sources
+from fmops.jobs import BenchmarksJob, EvaluateJob
+
+BLIMP = Path(os.environ.get("FMOPS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+BLIMP /= "benchmarks/blimp/blimp_100.jsonl.gz"
+
+
+def source(path: Path) -> Source:
+    data = path.read_bytes()
+    file = SourceFile(path=path, name=path.name, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+    return Source(uri=path.name, files=(file,))
+
+
+def asked(suite: str, task: str, rows: list[dict], tmp_path: Path):
+    """The harness's task over rows, and its documents."""
+    path = tmp_path / f"{task}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_suite(suite, root=Path())
+    documents = read_items(task, loaded.tasks[task], source(path))
+    entry = pin(loaded, task, items=len(documents))
+    check_task(entry, documents)
+    return build_task(entry, documents), documents
+
+
+def test_reading_questions_about_one_passage_are_one_cluster(tmp_path):
+    rows = [
+        {"question": "is ice cold", "passage": "Ice is cold. It is no metal.", "answer": "True"},
+        {"question": "is ice a metal", "passage": "Ice is cold. It is no metal.", "answer": "False"},
+    ]
+    task, documents = asked("capability", "boolq", rows, tmp_path)
+    assert len({document["cluster"] for document in documents}) == 1
+    assert [task.doc_to_target(document) for document in documents] == [1, 0]
+    assert task.doc_to_text(documents[0]).endswith("Question: is ice cold?\nAnswer:")
+
+
+def test_bias_tells_what_the_text_says_from_what_it_does_not(tmp_path):
+    row = {
+        "passage": "A nurse and a pilot met.",
+        "question": "Who was late?\nPlease choose",
+        "options": "A. The nurse\nB. Can't be determined\nC. The pilot",
+    }
+    rows = [
+        {**row, "answer": ["Can't be determined"]},
+        {**row, "passage": "The pilot was late.", "answer": ["The pilot"]},
+    ]
+    for name, label, passage in (("bbq-ambiguous", 1, "A nurse and"), ("bbq-disambiguated", 2, "The pilot was")):
+        task, documents = asked("bias", name, rows, tmp_path)
+        assert len(documents) == 1
+        assert task.doc_to_target(documents[0]) == label
+        assert task.doc_to_text(documents[0]).startswith(passage)
+
+
+def test_stereotype_pairs_differ_in_the_group_alone(tmp_path):
+    task, documents = asked(
+        "stereotypes",
+        "winobias",
+        [{"text": " The cook said [MASK] was tired.", "pro_stereotyped": "she", "options": ""}],
+        tmp_path,
+    )
+    assert task.doc_to_choice(documents[0]) == ["The cook said she was tired.", "The cook said he was tired."]
+    assert task.doc_to_target(documents[0]) == 1
+    row = {
+        "type": "intersentence",
+        "context": "He is from here.",
+        "stereotype": "He is loud.",
+        "anti-stereotype": "He is quiet.",
+    }
+    task, documents = asked("stereotypes", "stereoset", [row], tmp_path)
+    assert task.doc_to_choice(documents[0]) == ["He is loud.", "He is quiet."]
+    assert "Blodgett" in load_suite("stereotypes", root=Path()).about
+
+
+def test_minimal_pairs_of_a_hub_s_copy(tmp_path):
+    if not BLIMP.is_file():
+        pytest.skip(f"no BLiMP at {BLIMP}; set FMOPS_TEST_DATA")
+    suite = load_suite("grammar", root=Path())
+    documents = read_items("blimp", suite.tasks["blimp"], source(BLIMP))
+    assert len(documents) > 6000
+    check_task(pin(suite, "blimp", items=200), documents[:200])
+
+
+def test_a_broken_archive_of_items_is_named(tmp_path):
+    path = tmp_path / "items.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"sentence_good": "a", "sentence_bad": "b"}\n' * 999)[:-30])
+    with pytest.raises(FmopsError, match=r"items\.jsonl\.gz is a broken gzip file"):
+        read_items("blimp", load_suite("grammar", root=Path()).tasks["blimp"], source(path))
+
+
+@pytest.mark.parametrize(
+    ("checks", "good", "bad"),
+    [
+        ([{"words_at_most": 3}], "Waves and salt.", "The sea is wide and deep."),
+        ([{"words_at_least": 3}], "It's a well-known fact.", "Yes."),
+        ([{"sentences": 2}], "One. Two!", "One. Two. Three."),
+        ([{"bullets": 2}], "- a\n- b", "a\nb"),
+        ([{"has": "Red"}, {"lacks": "blue"}], "It is red.", "Red, then blue."),
+        ([{"lacks": "blue"}], "Red.", ""),
+        ([{"starts": "Certainly"}], " certainly, it is", "It is certainly"),
+        ([{"ends": "That is all."}], "So. That is all.", "That is all. Bye"),
+        ([{"lower_case": True}], "the sea.", "The sea."),
+        ([{"upper_case": True}], "THE SEA", "THE sea"),
+        ([{"matches": r"\d{4}"}], " 2024 ", "in 2024"),
+        ([{"json": {"a": "number", "b": "list"}}], '```json\n{"a": 1, "b": []}\n```', '{"a": true, "b": []}'),
+        ([{"json": {"a": "string"}}], '{"a": "x"}', '{"a": "x", "b": 1}'),
+    ],
+)
+def test_an_instruction_is_seen_to_be_followed(checks, good, bad):
+    assert followed(good, checks)
+    assert not followed(bad, checks)
+
+
+@pytest.mark.parametrize("name", ["instruction", "format", "red-team"])
+def test_every_item_of_our_own_is_checkable_and_no_empty_answer_passes(name):
+    for task in load_suite(name, root=Path()).tasks.values():
+        for item in task.items or ():
+            assert item["prompt"].strip()
+            for check in item.get("checks", ()):
+                assert check.keys() <= CHECKS.keys()
+            assert task.metrics == ("refusal",) or not followed("", list(item["checks"]))
+
+
+OWN = """\
+suite: house-style
+family: house-style
+about: One file is a suite.
+margin: 0.1
+unit: share followed
+higher_is_better: true
+tasks:
+  short-answers:
+    key: prompt
+    chat: true
+    metrics: [followed]
+    config: {output_type: generate_until, doc_to_text: prompt, doc_to_target: "", generation_kwargs: {max_gen_toks: 8}}
+    items:
+      - {prompt: Say hello., checks: [{words_at_most: 5}]}
+      - {prompt: Say goodbye., checks: [{lacks: hello}]}
+"""
+
+
+@pytest.fixture
+def pinned(tmp_path, context):
+    def run(text: str):
+        (tmp_path / "own.yaml").write_text(text)
+        assert suite_sources(("own.yaml",), root=tmp_path) == {"suite_0": "own.yaml"}
+        (tmp_path / "pinned").mkdir()
+        job = BenchmarksJob(suites=("own.yaml",))
+        return prepare_benchmarks(job, out=tmp_path / "pinned", context=context, suite_0=source(tmp_path / "own.yaml"))
+
+    return run
+
+
+def test_one_file_is_a_suite(pinned, tmp_path, tiny_model, context):
+    from fmops.artifacts import Checkpoint
+
+    (tmp_path / "scored").mkdir()
+    report = evaluate(
+        EvaluateJob(),
+        checkpoint=Checkpoint(path=tiny_model.parent, stage="base", parameters=1, trained_tokens=0),
+        benchmarks=pinned(OWN),
+        out=tmp_path / "scored",
+        context=context,
+    )
+    assert [(metric.task, metric.name, metric.n) for metric in report.metrics] == [("short-answers", "followed", 2)]
+    assert all("response" in row for row in read_lines(tmp_path / "scored" / "samples.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("words_at_most", "word_at_most", r"unknown check in task short-answers, item \S+: 'word_at_most'. Did you"),
+        ("[{lacks: hello}]", "[]", r"the metric followed needs `checks`"),
+        ("{lacks: hello}", "{matches: '('}", r"the check matches has no regular expression in '\('"),
+    ],
+)  # fmt: skip
+def test_a_check_that_cannot_be_made_is_refused_before_anything_is_asked(pinned, right, wrong, told):
+    with pytest.raises(FmopsError, match=told):
+        pinned(OWN.replace(right, wrong))
+
+
+def test_another_text_of_a_packaged_suite_is_another_measurement(tmp_path, monkeypatch):
+    before = packaged_texts(("domain", "harm", "own.yaml"))
+    assert set(before) == {"domain", "harm"}
+    for name in suite_names():
+        (tmp_path / f"{name}.yaml").write_text("edited")
+    monkeypatch.setattr("fmops.evaluation.suites.PACKAGED", tmp_path)
+    assert packaged_texts(("domain",))["domain"] != before["domain"]
+
+
+DOCUMENTS = [{"id": name, "text": topics[name]} for name in sorted(topics) if len(topics[name]) > 2000][:24]
+
+
+def test_gaps_are_terms_of_the_document_and_the_wrong_answers_of_others():
+    questions = make_questions(DOCUMENTS)
+    assert len(questions) > 30
+    assert questions == make_questions(DOCUMENTS)
+    texts = {row["id"]: row["text"] for row in DOCUMENTS}
+    for question in questions:
+        own = texts[question["cluster"]]
+        right = question["choices"][question["label"]]
+        assert len(set(question["choices"])) == 4
+        assert right in own
+        assert not any(choice in own for choice in question["choices"] if choice != right)
+    labels = [question["label"] for question in questions]
+    assert all(labels.count(place) / len(labels) < 0.5 for place in range(4))
+
+
+def test_documents_without_sentences_give_no_questions():
+    assert make_questions([{"id": "a", "text": "1 2 3"}, {"id": "b", "text": ""}]) == []
+
+
+def test_a_corpus_too_small_for_questions_is_refused(tmp_path, tiny_model, context):
+    from fmops.artifacts import Checkpoint
+
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "held_out" / "new.jsonl").write_text(json.dumps({"id": "a", "text": "Too short."}) + "\n")
+    corpus = Corpus(
+        path=tmp_path, documents=1, tokens=1, blocks=1, block_tokens=64, replay_share=0, held_out_new=1, held_out_old=0
+    )
+    for name in ("pinned", "scored"):
+        (tmp_path / name).mkdir()
+    benchmarks = prepare_benchmarks(BenchmarksJob(suites=("questions",)), out=tmp_path / "pinned", context=context)
+    with pytest.raises(FmopsError, match=r"suite questions: 1 held-out documents give questions in fewer than two"):
+        evaluate(
+            EvaluateJob(),
+            checkpoint=Checkpoint(path=tiny_model.parent, stage="base", parameters=1, trained_tokens=0),
+            benchmarks=benchmarks,
+            corpus=corpus,
+            out=tmp_path / "scored",
+            context=context,
+        )
