@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    rounds, requests = (2, 200) if given.quick else (7, 800)
+    rounds, requests = (2, 100) if given.quick else (5, 300)
     found = {
         "machine": {"cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]},
         "streams": STREAMS, "tokens": TOKENS, "rounds": rounds, "requests": requests,
