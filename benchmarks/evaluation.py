@@ -65,22 +65,22 @@ def _choices(template: str, choices: Any = "{{choices}}") -> dict[str, Any]:
 
 
 CASES = {
-    "mc_5shot": Case("openbookqa", 300, 24, _choices(QUESTION), shots=5),
-    "mc_5shot_mmlu": Case(f"{SOURCES}/MMLU/test.jsonl", 200, 12, _choices(QUESTION), shots=5),
-    "mc_5shot_own": Case("openbookqa", 48, 12, _choices(QUESTION), shots=5, shared_shots=False),
-    "mc_0shot": Case("commonsenseqa", 300, 48, _choices(QUESTION)),
-    "mc_0shot_long_answers": Case("piqa", 200, 48, _choices(QUESTION)),
-    "letters_5shot": Case("commonsenseqa", 300, 48, _choices(LETTERED, ["A", "B", "C", "D", "E"]), shots=5),
-    "letters_0shot": Case("commonsenseqa", 300, 96, _choices(LETTERED, ["A", "B", "C", "D", "E"])),
+    "mc_5shot": Case("openbookqa", 300, 12, _choices(QUESTION), shots=5),
+    "mc_5shot_mmlu": Case(f"{SOURCES}/MMLU/test.jsonl", 200, 4, _choices(QUESTION), shots=5),
+    "mc_5shot_own": Case("openbookqa", 48, 8, _choices(QUESTION), shots=5, shared_shots=False),
+    "mc_0shot": Case("commonsenseqa", 300, 24, _choices(QUESTION)),
+    "mc_0shot_long_answers": Case("piqa", 200, 24, _choices(QUESTION)),
+    "letters_5shot": Case("commonsenseqa", 300, 24, _choices(LETTERED, ["A", "B", "C", "D", "E"]), shots=5),
+    "letters_0shot": Case("commonsenseqa", 300, 48, _choices(LETTERED, ["A", "B", "C", "D", "E"])),
     "rolling": Case(
-        f"{SOURCES}/BoolQ/test.jsonl", 96, 48,
+        f"{SOURCES}/BoolQ/test.jsonl", 64, 32,
         {
             "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{passage}}",
             "metric_list": [{"metric": "bits_per_byte"}],
         },
     ),
     "generate": Case(
-        f"{SOURCES}/NQ-open/test.jsonl", 96, 48,
+        f"{SOURCES}/NQ-open/test.jsonl", 96, 32,
         {
             "output_type": "generate_until", "doc_to_text": QUESTION, "doc_to_target": "{{answer[0]}}",
             "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 48, "do_sample": False},
@@ -88,7 +88,7 @@ CASES = {
         },
     ),
     "generate_5shot": Case(
-        f"{SOURCES}/NQ-open/test.jsonl", 96, 48,
+        f"{SOURCES}/NQ-open/test.jsonl", 96, 32,
         {
             "output_type": "generate_until", "doc_to_text": QUESTION, "doc_to_target": "{{answer[0]}}",
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": 16, "do_sample": False},

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from fmops.adapters import pool_attention
 from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM
 from fmops.errors import FmopsError
 
@@ -227,6 +228,19 @@ def test_an_answer_is_the_same_alone_in_any_company_and_on_two_threads(ours):
         assert largest_gap(ours.loglikelihood(scored), scores) < BATCH_TOLERANCE
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("wasted_bytes", [0, 10**9])
+def test_long_and_short_prompts_answer_side_by_side(ours, theirs, wasted_bytes, monkeypatch):
+    monkeypatch.setattr(pool_attention, "WASTED_BYTES", wasted_bytes)
+    rng = random.Random(15)
+    options = {"until": [" the"], "max_gen_toks": 20, "do_sample": False}
+    prompts = [request("generate_until", text(rng, words), options) for words in (3, 300, 40, 7, 1, 90, 2, 150)]
+    reference = theirs.generate_until(
+        [request("generate_until", each.args[0], {**options, "until": [" the"]}) for each in prompts], disable_tqdm=True
+    )
+    assert ours.generate_until(prompts) == reference
+    assert [ours.generate_until([each])[0] for each in prompts] == reference
 
 
 def test_answers_share_the_prompts_beginning(ours):

@@ -3,8 +3,8 @@
 Enters: prompts that a `TreeReader` reads, what ends an answer. Leaves: the tokens of each answer, as they finish.
 Refuses: nothing; what is asked for is checked where requests enter.
 
-Each row attends over a cache of its own, and a matrix product computes a row alike beside four others or sixty (MKL,
-measured; see docs/log.md): an answer takes the same arithmetic in any company, so a resumed evaluation gives its text.
+A matrix product of four rows or more computes each of them alike (MKL, measured; see docs/log.md), and so does
+`pool_attention`: an answer takes the same arithmetic in any company, so a resumed evaluation gives its text.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fmops.adapters.pool_attention import Pool
 from fmops.adapters.slot_attention import SlotCache
 from fmops.adapters.tree_reader import TreeReader
 
@@ -22,6 +23,8 @@ ROWS = 64
 """Answers of a decoding step, at most: a row costs 17 µs of a 1536 × 576 product there, 26 beside eight, 50 alone."""
 FULL_ROWS = 4
 """Steps have a multiple of so many rows. Fewer than four take other kernels, which round differently."""
+POOL_TOKENS = 1 << 17
+"""Room for keys and values, over all rows: 64 answers of 2,048 tokens, prompts included, or fewer and longer ones."""
 
 
 @dataclass(eq=False)
@@ -30,7 +33,7 @@ class Answer:
 
     request: int
     step: int
-    cache: SlotCache
+    prompt: SlotCache
     tokens: list[int] = field(default_factory=list)
 
 
@@ -46,30 +49,36 @@ def generate(
     `next_step` hands out a step's index and those of its requests that are wanted.
     `is_done` sees an answer's tokens after each one; `new_tokens` bounds them.
     """
-    running: list[Answer] = []
+    room = max(step.start + max(step.depths) + 1 for step in reader.steps) + new_tokens
+    rows = max(FULL_ROWS, min(ROWS, POOL_TOKENS // room) // FULL_ROWS * FULL_ROWS)
+    pool = Pool(rows, room)
+    slots: list[Answer | None] = [None] * rows
     waiting: deque[Answer] = deque()
     more = True
-    while more or running or waiting:
-        while more and len(running) + len(waiting) < ROWS:
+    while more or waiting or any(slots):
+        while more and len(waiting) < slots.count(None):
             work = next_step()
             more = work is not None
             if work is not None:
-                waiting.extend(_prompted(reader, *work, new_tokens))
-        while waiting and len(running) < ROWS:
-            running.append(waiting.popleft())
-        done = [answer for answer in running if _ended(answer, is_done, new_tokens)]
-        running = [answer for answer in running if answer not in done]
-        yield from done
-        if running and (len(running) == ROWS or not (more or waiting)):
-            for answer, token in zip(running, _advance(reader, running), strict=True):
-                answer.tokens.append(token)
+                waiting.extend(_prompted(reader, *work))
+        for row in range(rows):
+            if slots[row] is None and waiting:
+                admitted = waiting.popleft()
+                slots[row] = admitted
+                pool.put(row, admitted.prompt)
+        for row, answer in enumerate(slots):
+            if answer and _ended(answer, is_done, new_tokens):
+                slots[row], pool.lengths[row] = None, 0
+                yield answer
+        if (any(slots) and not (more or waiting)) or all(slots):
+            _advance(reader, pool, slots)
 
 
 def _ended(answer: Answer, is_done: Callable[[list[int]], bool], new_tokens: int) -> bool:
     return is_done(answer.tokens) or len(answer.tokens) == new_tokens
 
 
-def _prompted(reader: TreeReader, index: int, wanted: set[int], new_tokens: int) -> Iterator[Answer]:
+def _prompted(reader: TreeReader, index: int, wanted: set[int]) -> Iterator[Answer]:
     """Read a step's prompts; each becomes an answer of one token with a cache of its own."""
     step = reader.steps[index]
     ends = step.ends()
@@ -79,21 +88,28 @@ def _prompted(reader: TreeReader, index: int, wanted: set[int], new_tokens: int)
         if span.request not in wanted:
             continue
         place = span.places[-1]
-        room = step.start + step.depths[place] + 1 + new_tokens
-        yield Answer(span.request, index, reader.branch(step.start, ends, place, room=room), [first[place]])
+        yield Answer(span.request, index, reader.branch(step.start, ends, place), [first[place]])
 
 
 @torch.inference_mode()
-def _advance(reader: TreeReader, running: list[Answer]) -> list[int]:
-    """One more token for each answer."""
-    idle = -len(running) % FULL_ROWS
+def _advance(reader: TreeReader, pool: Pool, slots: list[Answer | None]) -> None:
+    """One more token for each answer. Answers move to the first rows, so that no more rows are computed than needed."""
+    last = len(slots) - 1
+    for row in range(len(slots)):
+        while last > row and slots[last] is None:
+            last -= 1
+        if slots[row] is None and last > row:
+            pool.move(last, row)
+            slots[row], slots[last] = slots[last], None
+    running = [answer for answer in slots if answer]
+    used = -(-len(running) // FULL_ROWS) * FULL_ROWS
+    pool.begin(used)
+    idle = used - len(running)
     tokens = torch.tensor([[answer.tokens[-1]] for answer in running] + [[0]] * idle)
-    positions = torch.tensor([[answer.cache.length] for answer in running] + [[0]] * idle)
-    slots = [*(answer.cache for answer in running), *[None] * idle]
+    positions = torch.tensor([[length] for length in pool.lengths[:used]])
     output = reader.model(
-        input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, slots=slots
+        input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, pool=pool
     )  # fmt: skip
-    for answer in running:
-        answer.cache.length += 1
-    chosen: list[int] = output.logits[: len(running), -1].argmax(-1).tolist()
-    return chosen
+    pool.end()
+    for answer, token in zip(running, output.logits[: len(running), -1].argmax(-1).tolist(), strict=True):
+        answer.tokens.append(token)

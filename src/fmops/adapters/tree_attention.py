@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from fmops.adapters import slot_attention
+from fmops.adapters.pool_attention import Pool
 from fmops.adapters.prefix_tree import Step
 from fmops.adapters.slot_attention import SlotCache, refuse_unsupported
 
@@ -71,19 +71,20 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     tree: Tree | None = None,
+    pool: Pool | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The signature is that of Transformers' `AttentionInterface`; a batch is one row.
+    """The signature is that of Transformers' `AttentionInterface`; with a tree, a batch is one row.
 
     Shapes: query (1, heads, length, head size), key and value (1, key heads, length, head size); result
     (1, length, heads, head size).
     """
-    if tree is None and "slots" not in options:
-        raise ValueError(f"the attention {ATTENTION!r} needs the step that the tokens belong to, or a cache a row")
-    if tree is None:
-        # Answers under way, a cache each.
-        return slot_attention.attend(module, query, key, value, attention_mask, scaling, **options)
     refuse_unsupported(options)
+    if pool is not None:
+        # Answers under way, a row each.
+        return pool.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+    if tree is None:
+        raise ValueError(f"the attention {ATTENTION!r} needs the step that the tokens belong to, or a pool of answers")
     keys, values = tree.cache.extend(module.layer_idx, key, value)
     result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for rows in tree.rows:

@@ -101,14 +101,14 @@ class TreeReader:
         wholly = torch.split(greedy, sizes)
         return [(float(value.sum()), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
 
-    def branch(self, start: int, ends: Sequence[int], place: int, *, room: int) -> SlotCache:
-        """A cache of its own, for `room` tokens, of the path to a place of the step that was read last.
+    def branch(self, start: int, ends: Sequence[int], place: int) -> SlotCache:
+        """A copy of the path to a place of the step that was read last.
 
         `start` and `ends` are that step's.
         """
         path = list(range(start)) + [start + other for other in range(place + 1) if place < ends[other]]
         taken = torch.tensor(path)
-        branch = SlotCache(room)
+        branch = SlotCache(len(path))
         for layer, keys in self.cache.keys.items():
             branch.extend(layer, keys.index_select(2, taken), self.cache.values[layer].index_select(2, taken))
         branch.length = len(path)
