@@ -20,7 +20,7 @@ from scipy.stats import beta
 from benchmarks.simulated import RATES, Production
 from fmops.deployment.monitoring.watch import Watch, slow_harm, watch
 from fmops.deployment.rollout.evidence import Evidence, observe
-from fmops.deployment.rollout.machine import State, advance, detectable
+from fmops.deployment.rollout.machine import SetTraffic, State, advance, detectable
 from fmops.lifecycle import Monitor, Rollout
 
 POLICY = Rollout(shadow=0.0, steps=(0.1, 0.5))
@@ -52,19 +52,25 @@ def rollout(
         state, actions = advance(state, evidence, policy, production.now_s, refused=())
         if state.phase in ("promoted", "rolled back"):
             break
-        share = actions[-1].canary  # type: ignore[union-attr]
+        traffic = actions[-1]
+        assert isinstance(traffic, SetTraffic)
+        share = traffic.canary
         if share != (evidence.shares[-1][1] if evidence.shares else 0.0):
             evidence = evidence.share_changed(production.now_s, share)
-        evidence = observe(evidence, production.serve(look, canary=share))
+        evidence = observe(evidence, production.serve(look, canary=share, shadow=traffic.shadow))
         served += look
     return state, evidence, served
 
 
-def canary(runs: int, harm: Mapping[str, float], *, policy: Rollout = POLICY, slower: float = 1.0) -> dict[str, Any]:
+def canary(
+    runs: int, harm: Mapping[str, float], *, policy: Rollout = POLICY, slower: float = 1.0, rhythm: float = 0.0
+) -> dict[str, Any]:
     """Many rollouts with the same harm: how they end, and after how many canary answers."""
     ends, answers, requests, seen = {"promoted": 0, "rolled back": 0, "undecided": 0}, [], [], []
     for seed in range(runs):
-        state, evidence, served = rollout(Production(seed=seed, harm=harm, slower=slower, per_second=5), policy)
+        # With a rhythm a rollout takes about a day, otherwise some minutes.
+        production = Production(seed=seed, harm=harm, slower=slower, rhythm=rhythm, per_second=0.03 if rhythm else 5)
+        state, evidence, served = rollout(production, policy)
         phase = state.phase if state.phase in ends else "undecided"
         ends[phase] += 1
         if phase == "rolled back":
@@ -95,6 +101,10 @@ def canaries(runs: int) -> dict[str, Any]:
     """A/A, harms by size, and a harm just beyond a margin, which must not be promoted."""
     table = {
         "A/A": canary(runs, {}),
+        "A/A, rates and latencies swing by half over the day": canary(runs, {}, rhythm=0.5),
+        "A/A with half of the requests mirrored first": canary(
+            runs // 2, {}, policy=POLICY.model_copy(update={"shadow": 0.5})
+        ),
         "refused +0.05 (margin 0.05)": canary(runs, {"refused": 0.05}),
         "refused +0.10": canary(runs // 2, {"refused": 0.10}),
         "empty +0.02 (margin 0.02)": canary(runs, {"empty": 0.02}),
@@ -190,27 +200,30 @@ DRIFTS: dict[str, tuple[Callable[[Production, int], None], str, str, int]] = {
 }
 
 
-def drifts(runs: int, days_runs: int) -> dict[str, Any]:
-    """Thirty days in control, then each kind of drift, then benign seasons."""
+def quiet(runs: int) -> dict[str, Any]:
+    """Thirty days in control, and thirty days of benign seasons."""
     month = 30 * DAY
-    quiet = [drift_run(seed, unchanged, month - BEFORE) for seed in range(days_runs)]
-    season = [drift_run(seed, seasonal, month - BEFORE) for seed in range(days_runs // 2)]
-    table = {}
-    for name, (change, kind, signal, answers) in DRIFTS.items():
-        states = [drift_run(1000 + seed, change, answers) for seed in range(runs)]
-        table[name] = drift_row(states, kind, signal)
+    same = [drift_run(seed, unchanged, month - BEFORE) for seed in range(runs)]
+    season = [drift_run(seed, seasonal, month - BEFORE) for seed in range(runs // 2)]
     return {
-        "policy": MONITOR.model_dump(mode="json"),
         "answers_a_day": DAY,
         # P(alarm within n) ≤ n/A for each kind, plus the slow rule's 0.1 for harm.
         "promises": {
             "harm in 30 days": month / MONITOR.observations_per_false_alarm + 0.1,
             "shift in 30 days": month / MONITOR.observations_per_false_alarm,
         },
-        "in_control": {kind: rate(raised(quiet, kind), len(quiet)) for kind in ("harm", "shift")},
+        "in_control": {kind: rate(raised(same, kind), len(same)) for kind in ("harm", "shift")},
         "seasonal": {kind: rate(raised(season, kind), len(season)) for kind in ("harm", "shift")},
-        "drift": table,
     }
+
+
+def drifts(runs: int) -> dict[str, Any]:
+    """Each kind of drift."""
+    table = {}
+    for name, (change, kind, signal, answers) in DRIFTS.items():
+        states = [drift_run(1000 + seed, change, answers) for seed in range(runs)]
+        table[name] = drift_row(states, kind, signal)
+    return {"policy": MONITOR.model_dump(mode="json"), "table": table}
 
 
 def raised(states: Sequence[Watch], kind: str) -> int:
@@ -235,12 +248,16 @@ def drift_row(states: Sequence[Watch], kind: str, signal: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def show_drift(found: Mapping[str, Any]) -> None:
-    """The drift table."""
+def show_quiet(found: Mapping[str, Any]) -> None:
+    """Alarms while nothing is wrong."""
     for name in ("in_control", "seasonal"):
         for kind, r in found[name].items():
             print(f"{name} 30 days, {kind}: {r['hits']} of {r['n']} runs ({r['low']:.3f}–{r['high']:.3f})")
-    for name, row in found["drift"].items():
+
+
+def show_drift(found: Mapping[str, Any]) -> None:
+    """The drift table."""
+    for name, row in found["table"].items():
         delay = row["answers_to_alarm"] or {"median": math.nan, "p95": math.nan}
         r = row["found"]
         print(
@@ -264,17 +281,20 @@ def show(name: str, found: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["canary", "drift"])
-    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("part", choices=["canary", "quiet", "drift"])
+    parser.add_argument("--runs", type=int, help="Default: 300 for canary, 60 for quiet, 24 for drift.")
     parser.add_argument("--out", type=Path, help="Add the part to this JSON file.")
     given = parser.parse_args()
     started = time.process_time()
     if given.part == "canary":
-        found = canaries(given.runs)
+        found = canaries(given.runs or 300)
         for name, row in found["runs"].items():
             show(name, row)
+    elif given.part == "quiet":
+        found = quiet(given.runs or 60)
+        show_quiet(found)
     else:
-        found = drifts(given.runs // 5, given.runs // 2)
+        found = drifts(given.runs or 24)
         show_drift(found)
     found["cpu_s"] = time.process_time() - started
     if given.out:

@@ -6,6 +6,7 @@ Refuses: nothing. It imitates the gateway's columns, not language.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ class Production:
     """Factor on the length of answers."""
     log_probability: float | None = None
     """Mean over answers of the mean log-probability, in nats."""
+    rhythm: float = 0.0
+    """All rates and latencies, of both arms, swing by this share over the day."""
     per_second: float = 1.0
     now_s: float = 1_800_000_000.0
 
@@ -65,15 +68,16 @@ class Production:
 
     def _answer(self, id_: str, arm: str, *, shadow_of: str | None = None) -> Trace:
         mine = arm == "champion"
+        season = 1 + self.rhythm * math.sin(2 * math.pi * self.now_s / 86_400)
         happened = {
-            name: float(self._chance.random() < rate + (0.0 if mine else self.harm.get(name, 0.0)))
+            name: float(self._chance.random() < rate * season + (0.0 if mine else self.harm.get(name, 0.0)))
             for name, rate in self.rates.items()
         }
         failed = bool(happened.pop("failed"))
         words = max(1.0, self._chance.lognormvariate(4, 0.6) * self.longer)
         likely = None if self.log_probability is None else self._chance.gauss(self.log_probability, 0.2)
         tokens = 0 if failed else int(words)
-        first = self._chance.lognormvariate(-2, 0.4) * (1.0 if mine else self.slower)
+        first = self._chance.lognormvariate(-2, 0.4) * season * (1.0 if mine else self.slower)
         return Trace(
             id=id_, started_s=self.now_s, tenant="t", arm=arm, release=self.champion if mine else self.challenger,
             shadow_of=shadow_of, operation="chat", status=500 if failed else 200,

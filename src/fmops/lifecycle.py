@@ -217,7 +217,7 @@ class Monitor(Frozen):
     )
     reference: int = Field(1000, ge=100, description="Answers after a promotion that say what is normal.")
     tolerances: dict[str, Share] = Field(
-        default={}, description="Rise of a signal's rate above normal that is no harm. Left out: 0.01."
+        default={}, description="Rise of a signal's rate above normal that is no harm. Left out: 0.005; 0 for leaks."
     )
     cool_down_hours: float = Field(24, ge=0, description="After an alarm the same signal is silent for so long.")
 

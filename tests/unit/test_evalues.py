@@ -192,3 +192,15 @@ def test_looking_often_does_not_raise_the_false_alarms():
                 false += 1
                 break
     assert false <= 17
+
+
+def test_an_equal_stream_is_certified_within_the_margin_soon():
+    needed = []
+    for seed in range(15):
+        chance, state = random.Random(seed), TwoStreams(margin=0.05, direction="below")
+        while state.log_e < math.log(20) and state.b.n < 2000:
+            a = Count(events=sum(chance.random() < 0.02 for _ in range(5)), n=5)
+            b = Count(events=sum(chance.random() < 0.02 for _ in range(5)), n=5)
+            state = state.block(a, b)
+        needed.append(state.b.n)
+    assert sorted(needed)[7] < 180

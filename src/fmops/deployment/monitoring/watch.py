@@ -29,7 +29,9 @@ MEASURES: dict[str, Callable[[float], int]] = {
     "log_probability": lambda value: math.floor(max(value, -20.0) * 20),
 }
 """Numbers whose distribution is watched, and the bins in which they are counted."""
-TOLERANCE = 0.01
+TOLERANCES = {"secret": 0.0, "personal_data": 0.0, "prompt_leak": 0.0}
+TOLERANCE = 0.005
+"""Rise above normal that is no harm, where neither the spec nor `TOLERANCES` says otherwise."""
 REFERENCE_MISSED = 0.01
 """Chance that normal is measured too low, over all signals together."""
 SLOW_SHARE = 0.05
@@ -171,11 +173,16 @@ def _rate(state: Watch, name: str, event: int, trace: str, now: float, policy: M
     if rate.reference.n < wanted or (rate.detector is None and not state.ready(policy) and name != "disliked"):
         changes["reference"] = rate.reference + one
     else:
-        detector = rate.detector or Detector(null=tolerated(rate.reference, policy.tolerances.get(name, TOLERANCE)))
+        detector = rate.detector or Detector(null=tolerated(rate.reference, tolerance_of(name, policy.tolerances)))
         if now >= rate.silent_until_s:
             detector = detector.add(float(event))
         changes |= {"detector": detector, "since": rate.since + one}
     return state.model_copy(update={"rates": {**state.rates, name: rate.model_copy(update=changes)}})
+
+
+def tolerance_of(name: str, given: Mapping[str, float]) -> float:
+    """The rise of a signal's rate that is no harm."""
+    return given.get(name, TOLERANCES.get(name, TOLERANCE))
 
 
 def tolerated(reference: Count, tolerance: float) -> float:
@@ -218,7 +225,7 @@ def slow_harm(state: Watch, now: float, policy: Monitor) -> Watch:
     P(it is ever wrongly true) ≤ 1/10, over all signals together, in the life of a release.
     """
     for name, rate in state.rates.items():
-        tolerance = policy.tolerances.get(name, TOLERANCE)
+        tolerance = tolerance_of(name, policy.tolerances)
         alpha = 0.1 / len(RATES)
         if rate.risen or not rate.since.n or now < rate.silent_until_s:
             continue
@@ -271,7 +278,7 @@ def worse_than_before(state: Watch, tolerances: Mapping[str, float]) -> tuple[st
     return tuple(
         name
         for name, before in state.before.items()
-        if risk_has_risen(before, state.rates[name].reference, tolerance=tolerances.get(name, TOLERANCE), alpha=alpha)
+        if risk_has_risen(before, state.rates[name].reference, tolerance=tolerance_of(name, tolerances), alpha=alpha)
     )
 
 
