@@ -18,7 +18,7 @@ from fmops.deployment.serving.gateway.desk import Desk, Limits
 from fmops.deployment.serving.gateway.keys import KeyRing
 from fmops.deployment.serving.gateway.process import by_port
 from fmops.deployment.serving.routes import Routes, RoutesFile, Target
-from fmops.deployment.serving.server import address, bind
+from fmops.deployment.serving.server import address, bind, configure
 from fmops.traces import Trace
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -46,7 +46,7 @@ def gateway(workspace: Path, *engines, limits: Limits | None = None, **shares) -
         box.loop = asyncio.get_running_loop()
         box.desk = Desk(workspace, secret="engine-secret", limits=limits)
         app = by_port(build_gateway(box.desk, name="tiny"), admin=build_admin(box.desk), port=public.getsockname()[1])
-        box.server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        box.server = uvicorn.Server(configure(app))
         serving = asyncio.ensure_future(box.server.serve(sockets=[public, admin]))
         box.loop.call_soon(ready.set)
         await serving

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -200,6 +202,19 @@ def test_a_body_that_is_a_bomb_is_a_400(door, body):
 
 def test_a_body_beyond_four_megabytes_is_refused_while_it_is_read(door):
     assert door.client.post(CHAT, content=b"x" * (5 * 2**20)).json()["error"]["code"] == "body_too_large"
+
+
+def test_an_endless_head_is_cut_off(door):
+    with socket.create_connection(("127.0.0.1", int(door.url.rpartition(":")[2])), timeout=20) as line:
+        line.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 50 * 2**20:
+                line.sendall(b"x-more: " + b"y" * 2**16 + b"\r\n")
+                sent += 2**16
+            assert line.recv(4096).startswith(b"HTTP/1.1 400")
+        assert sent < 50 * 2**20
+    assert door.client.get("/health").status_code == 200
 
 
 def test_a_tenants_tokens_run_out_and_say_when_they_are_back(tmp_path, champion):

@@ -25,6 +25,8 @@ GRACE_S = 20.0
 """How long running answers may take after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
 SECRET = "gateway.secret"
 """In the workspace, readable by its owner only: engines want it, cache salts and digests of users are keyed by it."""
+HEAD_BYTES = 64 * 1024
+"""Longest head of a request. uvicorn's faster parser, httptools, has no such limit: anybody could fill the memory."""
 KEEP_ALIVE_S = 75
 """Longer than the gateway keeps an idle connection (60 s): it never writes into one that is being closed."""
 
@@ -74,6 +76,14 @@ def workspace_secret(workspace: Path) -> str:
     return path.read_text().strip()
 
 
+def configure(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves here: quiet, and with an end to what it reads of a head."""
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_S, http="h11", h11_max_incomplete_event_size=HEAD_BYTES,
+    )  # fmt: skip
+
+
 def run_server(
     build: Callable[[], tuple[Drainable, ASGIApp]], listeners: Sequence[socket.socket], *, grace_s: float = GRACE_S
 ) -> None:
@@ -81,10 +91,7 @@ def run_server(
 
     async def run() -> None:
         service, app = build()
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=5, timeout_keep_alive=KEEP_ALIVE_S, h11_max_incomplete_event_size=64 * 1024,
-        )  # fmt: skip
+        config = configure(app)
         await _Server(config, service, address(listeners[0]), grace_s).serve(sockets=list(listeners))
 
     asyncio.run(run())
