@@ -97,7 +97,13 @@ def lora_config(*, rank: int) -> Any:
     """LoRA on every linear layer but the head (Hu et al. 2021; all layers: Schulman et al. 2025)."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    from fmops.adapters.lora import FusedLinear
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    config._register_custom_module({torch.nn.Linear: FusedLinear})
+    return config
 
 
 def choose_precision(context: StageContext, *, work: Path) -> torch.dtype:

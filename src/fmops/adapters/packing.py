@@ -4,7 +4,8 @@ Enters: blocks (token ids, lengths of the pieces inside, labels). Leaves: an ord
 Refuses: nothing silently: what does not fit a block is the caller's to refuse.
 
 Attention never crosses pieces because a batch has `position_ids` that restart at every piece, no attention mask, and
-`use_cache=False`: only then does Transformers build a block-diagonal mask (`find_packed_sequence_indices`).
+`use_cache=False`: `document_attention` splits the row there, and where a model cannot use that, only then does
+Transformers build a block-diagonal mask (`find_packed_sequence_indices`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 
 IGNORED = -100
 OPEN_BLOCKS = 32
+MICRO_TOKENS = 4096
+"""Tokens that go through the model together: enough to fill a processor's caches, few enough for a laptop's memory."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,6 @@ def collate(blocks: Sequence[Block]) -> dict[str, Any]:
         "labels": torch.from_numpy(np.concatenate([labels_of(block) for block in blocks]))[None],
         "use_cache": False,
     }
-
-
-def only_learnt(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch of one row, asking for logits only where the next token is learnt: the head is dear."""
-    following = batch["labels"][:, 1:]
-    places = (following[0] != IGNORED).nonzero()[:, 0]
-    # The first place stands in where nothing is learnt, so that the loss is a differentiable zero.
-    places = places if len(places) else places.new_zeros(1)
-    return {**batch, "logits_to_keep": places, "shift_labels": following[:, places]}
 
 
 def pack(pieces: Sequence[Block], *, block_tokens: int) -> list[Block]:
@@ -194,6 +188,18 @@ def plan_training(sizes: Sequence[int], *, tokens: int, batch_tokens: int, seed:
         blocks_per_step=per_step,
         tokens=int(after[-1]) if reads else 0,
         tokens_after=tuple(int(after[end]) for end in ends),
+    )
+
+
+def micro_batch(plan: Plan, sizes: Sequence[int]) -> int:
+    """Blocks that share a row of the model, at most `MICRO_TOKENS` tokens of the largest; a step divides by it.
+
+    It depends on the blocks alone: which sums are rounded together must not depend on the memory at hand.
+    """
+    largest = max(sizes)
+    parts = range(1, plan.blocks_per_step + 1)
+    return max(
+        part for part in parts if plan.blocks_per_step % part == 0 and (part == 1 or part * largest <= MICRO_TOKENS)
     )
 
 

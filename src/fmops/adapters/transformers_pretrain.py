@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.held_out import read_held_out
+from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import add_lora, choose_precision, load_model, load_tokenizer, save_adapter, save_model
-from fmops.adapters.packing import PlannedBlocks, collate, labels_of, plan_training, read_blocks
+from fmops.adapters.packing import PlannedBlocks, collate, labels_of, micro_batch, plan_training, read_blocks
 from fmops.adapters.trainer import Guarded, Keep, Schedule, Trained, Watch, arguments, evenly, prepare, run
 from fmops.artifacts import Corpus
 from fmops.errors import FmopsError
@@ -48,11 +50,15 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     dtype = choose_precision(context, work=work)
     blocks = read_blocks(corpus.train_shards)
-    plan = plan_training(blocks.sizes(), tokens=config.tokens, batch_tokens=config.batch_tokens, seed=context.seed)
+    sizes = blocks.sizes()
+    plan = plan_training(sizes, tokens=config.tokens, batch_tokens=config.batch_tokens, seed=context.seed)
     if not plan.steps:
         raise FmopsError(f"the corpus has {len(blocks)} blocks with nothing to learn in them. Curate more documents.")
     model = load_model(source)
+    attend_by_document(model, note=context.note)
+    learn_without_logits(model, note=context.note)
     parameters = model.num_parameters()
+    micro = micro_batch(plan, sizes)
     if config.tuning == "lora":
         model = add_lora(model, rank=LORA_RANK)
     watch = Watch(
@@ -70,11 +76,12 @@ def train(
             **arguments(
                 work=work,
                 steps=plan.steps,
-                accumulate=plan.blocks_per_step,
+                accumulate=plan.blocks_per_step // micro,
                 schedule=Schedule(config.learning_rate, config.warmup, config.decay),
                 dtype=dtype,
                 seed=context.seed,
             )
+            | {"per_device_train_batch_size": micro}
         ),
         train_dataset=planned,
         data_collator=collate,

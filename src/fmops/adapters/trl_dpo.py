@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from trl import DPOConfig, DPOTrainer
 
+from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.model_files import (
     choose_precision,
     evaluating,
@@ -28,6 +29,7 @@ from fmops.adapters.model_files import (
     save_model,
 )
 from fmops.adapters.packing import Plan
+from fmops.adapters.shared_prefix import share_prefixes
 from fmops.adapters.trainer import Guarded, Schedule, Trained, Watch, arguments, evenly, prepare, run
 from fmops.errors import FmopsError
 from fmops.lifecycle import Align
@@ -53,10 +55,26 @@ class Pair(Protocol):
 
 
 class DpoTrainer(Guarded, DPOTrainer):  # type: ignore[misc]
-    """TRL's DPOTrainer under our watch, on pairs that are tokens already."""
+    """TRL's DPOTrainer under our watch, on pairs that are tokens already; each prompt is computed once a pair."""
+
+    def __init__(self, *args: Any, note: Callable[[str], None], **kwargs: Any) -> None:
+        self.note = note
+        self._shares: bool | None = None
+        super().__init__(*args, **kwargs)
+        self._share_prefixes()
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL calls it while it is made, right after it gave the model its own fused head.
+        self._share_prefixes()
+        return super()._precompute_ref_logps(*args, **kwargs)
+
+    def _share_prefixes(self) -> None:
+        if self._shares is None:
+            bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            self._shares = share_prefixes(bare, note=self.note)
 
 
 def train(
@@ -71,6 +89,7 @@ def train(
     micro = next(size for size in MICRO_BATCHES if config.batch_pairs % size == 0)
     plan = plan_pairs(pairs, config=config, micro=micro, seed=context.seed)
     model = load_model(source)
+    attend_by_document(model, note=context.note)
     parameters = model.num_parameters()
     watch = Watch(
         plan=plan,
@@ -80,6 +99,7 @@ def train(
         save_at=evenly(config.checkpoints, plan.steps, end=False),
     )
     trainer = DpoTrainer(
+        note=context.note,
         model=model,
         args=DPOConfig(
             **arguments(

@@ -1,0 +1,142 @@
+"""Attention inside each document of a packed row, without a mask.
+
+Enters: queries, keys and values of one row of documents, the documents' lengths. Leaves: what each token attends to.
+Refuses: attention that is more than causal softmax, rows whose documents it cannot tell apart.
+
+A dense mask makes a row of n documents cost n times the attention of its documents: measured 7 times slower than this
+for 12 documents of 140 tokens on a CPU. On a GPU the same rows go to torch's variable-length flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from fmops.errors import FmopsError
+
+ATTENTION = "fmops-documents"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")
+"""Arguments of attention that there is no arithmetic for here."""
+
+Document = tuple[int, ...]
+"""Lengths of a shared prefix and of the branches behind it; a plain document is a prefix alone."""
+
+
+def attend_by_document(model: Any, *, note: Callable[[str], None]) -> bool:
+    """Give `model` this attention where it is exact, and say so where it is not. Returns whether it did."""
+    if not attends_everywhere(model.config) or not model._supports_attention_backend:
+        note(f"{type(model).__name__} attends by more than causal softmax: packed rows keep their dense mask, slower")
+        return False
+    AttentionInterface.register(ATTENTION, attend)
+    model.set_attn_implementation(ATTENTION)
+    return True
+
+
+def attends_everywhere(config: Any) -> bool:
+    """Whether every layer is plain full attention with rotary positions."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
+    return kinds == {"full_attention"} and not window and bool(rotary)
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    documents: Sequence[Document] | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The signature is that of Transformers' `AttentionInterface`; `documents` is an argument of the model's forward.
+
+    Shapes: query (1, heads, tokens, head size), key and value (1, key heads, tokens, head size); result (1, tokens,
+    heads, head size). Without `documents` they are read from `position_ids`, which begin at 0 in each.
+
+    Raises:
+        FmopsError: the arguments ask for attention of another kind.
+    """
+    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if asked or dropout or attention_mask is not None or query.shape[2] != key.shape[2]:
+        what = ", ".join(asked) or "dropout, a mask or a cache"
+        raise FmopsError(f"attention by document computes no {what}. Load the model with attn_implementation='sdpa'.")
+    if query.shape[0] > 1:
+        rows = []
+        for index in range(len(query)):
+            part = slice(index, index + 1)
+            positions = _row(options.get("position_ids"), index)
+            rows.append(attend(module, query[part], key[part], value[part], None, scaling, position_ids=positions)[0])
+        return torch.cat(rows), None
+    if documents is None:
+        documents = documents_of(options.get("position_ids"), tokens=query.shape[2])
+    if query.is_cuda and all(len(document) == 1 for document in documents):
+        return _varlen(query, key, value, [document[0] for document in documents], scaling), None
+    sizes = [sum(document) for document in documents]
+    parts = zip(documents, *(torch.split(x, sizes, 2) for x in (query, key, value)), strict=True)
+    return torch.cat([_one(document, q, k, v, scaling) for document, q, k, v in parts], dim=1), None
+
+
+def documents_of(position_ids: torch.Tensor | None, *, tokens: int) -> tuple[Document, ...]:
+    """The plain documents of a row, by the places where its positions begin again at 0."""
+    if position_ids is None:
+        return ((tokens,),)
+    row = position_ids[0]
+    starts = (row == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], len(row)]
+    lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+    expected = torch.cat([torch.arange(length, device=row.device) for length in lengths]) if lengths else row[:0]
+    if not torch.equal(row, expected):
+        raise FmopsError("positions of a packed row must begin at 0 in each document and rise by one. See packing.py.")
+    return tuple((length,) for length in lengths)
+
+
+def _row(position_ids: torch.Tensor | None, index: int) -> torch.Tensor | None:
+    if position_ids is None or len(position_ids) == 1:
+        return position_ids
+    return position_ids[index : index + 1]
+
+
+def _one(
+    document: Document, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """(1, tokens, heads, head size) of one document: each branch sees the prefix and itself."""
+    prefix, *branches = document
+    if len(branches) < 2:
+        return _causal(query, key, value, scaling)
+    found = []
+    for index, end in enumerate(accumulate(branches[:-1], initial=0)):
+        places = torch.arange(prefix + branches[index], device=query.device)
+        places[prefix:] += end
+        # The prefix is attended from once a branch: a mask would cost more than it saves.
+        q, k, v = (x.index_select(2, places) for x in (query, key, value))
+        attended = _causal(q, k, v, scaling)
+        found.append(attended[:, prefix:] if index else attended)
+    return torch.cat(found, dim=1)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True).transpose(
+        1, 2
+    )
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scaling: float | None
+) -> torch.Tensor:
+    """The same by torch's flash attention over cumulative lengths; for GPUs."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    longest = max(lengths)
+    out: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    found: torch.Tensor = out[None]
+    return found
