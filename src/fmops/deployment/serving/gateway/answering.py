@@ -131,7 +131,6 @@ class Answering(Response):
     async def _pass_on(self, exchange: Exchange, reply: Reply, send: Send) -> None:
         """A whole answer, or the engine's refusal."""
         body = await reply.body()
-        exchange.first = exchange.first or self._desk.clock()
         exchange.received.append(body)
         headers = {"Retry-After": reply.headers["Retry-After"]} if "Retry-After" in reply.headers else {}
         whole = Response(body, status_code=reply.status, media_type="application/json", headers=headers)
