@@ -41,7 +41,7 @@ class Trace(Frozen):
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    first_token_s: float | None = Field(None, description="From arrival; of streams only: a whole answer has no first token.")
+    first_token_s: float | None = Field(None, description="From arrival; of streams only, else None.")
     duration_s: float
     prompt: str = Field(description="The last user message, redacted, cut to 4,000 characters.")
     response: str = Field(description="The answer, redacted, cut to 4,000 characters.")
