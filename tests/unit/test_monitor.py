@@ -185,3 +185,39 @@ def test_a_broken_state_is_named(store):
     (store.root / "monitor.json").write_text("{}")
     with pytest.raises(FmopsError, match=r"monitor.json is no monitor state: watch: Field required. Move it away"):
         Watcher(store, POLICY).look()
+
+
+def test_golden_prompts_are_asked_again_after_hours_and_tell_when_the_engine_is_another(store, monkeypatch):
+    from fmops.deployment.golden import Golden
+    from fmops.deployment.monitoring import monitor
+    from fmops.deployment.serving.routes import Routes, RoutesFile, Target
+
+    asked, answers, now = [], [Golden(asked=11), Golden(asked=11, differ=("chat/question", "chat/turns"))], [1e9]
+
+    def ask(release, engine):
+        asked.append(now[0])
+        if not answers:
+            raise OSError("connection refused")
+        return answers.pop(0)
+
+    monkeypatch.setattr(monitor, "ask_golden", ask)
+    monkeypatch.setattr(store, "by_key", lambda key: key)
+    monkeypatch.setattr(store, "load", lambda record: monitor.Release.model_construct(name="tiny"))
+    watcher = Watcher(store, POLICY, engine=lambda url: None, clock=lambda: now[0])
+    assert watcher.look().golden is None  # nobody knows an engine yet
+    RoutesFile(store.root / "routes.json").compare_and_swap(
+        Routes(champion=Target(release="release-champion", url="http://127.0.0.1:9")), expected=0
+    )
+    assert watcher.look().golden == 1.0
+    now[0] += 3600
+    assert watcher.look().golden == 1.0
+    assert len(asked) == 1
+    now[0] += 6 * 3600
+    report = watcher.look()
+    assert report.golden == pytest.approx(9 / 11)
+    assert (report.diagnosis.cause, report.diagnosis.stage) == ("release fault", "rollback")
+    assert "golden prompts answered as certified: 82%" in describe(report)
+    now[0] += 7 * 3600
+    report = watcher.look()
+    assert report.golden is None
+    assert "golden prompts could not be asked: OSError: connection refused" in describe(report)

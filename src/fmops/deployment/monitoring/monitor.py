@@ -65,10 +65,12 @@ class Watcher:
         Raises:
             FmopsError: nothing is served, or the state on disk is broken.
         """
+        champion = self._store.aliases().get("champion")
+        if champion is None:
+            raise FmopsError("there is no champion to watch. `fmops run` makes one, `fmops up` serves it.")
+        # Asking the engine takes seconds: whoever else looks must not wait for it.
+        asked = self._ask_golden(champion, self.read())
         with self._locked():
-            champion = self._store.aliases().get("champion")
-            if champion is None:
-                raise FmopsError("there is no champion to watch. `fmops run` makes one, `fmops up` serves it.")
             saved = self.read() or Saved(watch=Watch(release=champion))
             traces, cursor = self._traces.read(saved.traces)
             votes, votes_cursor = self._votes.read(saved.votes)
@@ -77,9 +79,7 @@ class Watcher:
             if state.release != champion:
                 state, known = next_release(state, champion), 0
             state = slow_harm(watch(state, traces, votes, self._policy), now, self._policy)
-            golden, asked_s = saved.golden, saved.golden_asked_s
-            if state.release != saved.watch.release or now >= asked_s + GOLDEN_HOURS * 3600:
-                golden, asked_s = self._ask_golden(champion), now
+            golden, asked_s = asked or (saved.golden, saved.golden_asked_s)
             after = Saved(
                 watch=state, traces=cursor, votes=votes_cursor, golden=golden, golden_asked_s=asked_s, looked_s=now
             )
@@ -102,17 +102,24 @@ class Watcher:
                 "monitoring begins anew, and measures what is normal once more."
             ) from None
 
-    def _ask_golden(self, champion: str) -> Golden | None:
-        """None when nobody knows the champion's engine; one that does not answer is told in the report."""
+    def _ask_golden(self, champion: str, saved: Saved | None) -> tuple[Golden | None, float] | None:
+        """What the golden prompts say and when, or None when it is not their time yet.
+
+        Nothing is said while nobody knows the champion's engine; one that does not answer is told in the report.
+        """
+        now = self._clock()
+        known = saved is not None and saved.watch.release == champion
+        if saved and known and now < saved.golden_asked_s + GOLDEN_HOURS * 3600:
+            return None
         target = RoutesFile(self._store.root / ROUTES).current().champion
         if target is None or target.url is None or target.release != champion:
-            return None
+            return None, 0.0
         release = self._store.load(self._store.by_key(champion))
         assert isinstance(release, Release)
         try:
-            return ask_golden(release, self._engine(target.url))
+            return ask_golden(release, self._engine(target.url)), now
         except (OSError, ValueError, LookupError, TypeError, FmopsError) as error:
-            return Golden(asked=0, error=f"{type(error).__name__}: {error}")
+            return Golden(asked=0, error=f"{type(error).__name__}: {error}"), now
 
     def _report(self, saved: Saved, *, new: int) -> DriftReport:
         state, policy, golden = saved.watch, self._policy, saved.golden

@@ -120,6 +120,8 @@ class Controller:
         Raises:
             RolloutConflict: the order does not fit.
         """
+        # Asking the engine takes seconds: a person's order must not wait for it.
+        checked = self._check(self.read()) if order is None else None
         with self._locked():
             saved = self.read()
             if saved is None:
@@ -129,8 +131,8 @@ class Controller:
             traces, cursor = self._traces.read(saved.cursor)
             evidence = observe(saved.evidence, traces)
             refused = saved.refused
-            if refused is None and saved.state.phase == "checking" and order is None:
-                refused = self._check(saved.state.challenger)
+            if refused is None and checked and checked[0] == saved.state.id:
+                refused = checked[1]
             now = self._clock()
             state, _ = advance(saved.state, evidence, saved.policy, now, refused=refused, order=order)
             if state != saved.state and why:
@@ -160,15 +162,19 @@ class Controller:
                 "goes on serving, and `fmops rollout start` begins anew."
             ) from None
 
-    def _check(self, challenger: str) -> tuple[str, ...] | None:
-        """Reasons against the challenger; None while its engine is not up."""
+    def _check(self, saved: Saved | None) -> tuple[str, tuple[str, ...]] | None:
+        """The rollout's id and the reasons against its challenger; None before their time, or while no engine is up."""
+        if saved is None or saved.state.phase != "checking" or saved.refused is not None:
+            return None
+        challenger = saved.state.challenger
         url = self._traffic.url(challenger)
         if url is None:
             return None
         record = self._store.by_key(challenger)
         release = self._store.load(record)
         assert isinstance(release, Release)
-        return before_traffic(release, {n: entry.sha256 for n, entry in record.files.items()}, self._engine(url))
+        files = {name: entry.sha256 for name, entry in record.files.items()}
+        return saved.state.id, before_traffic(release, files, self._engine(url))
 
     def _settle(self, saved: Saved) -> Saved:
         """Make the world agree; called again after a kill it finds what is done."""
