@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from fmops import __version__
+from fmops.cli_keys import keys
+from fmops.cli_options import open_project, with_spec
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, FmopsError, disk_is_full, nearest
-
-if TYPE_CHECKING:
-    from fmops.deployment.serving.gateway.keys import KeyRing
-    from fmops.orchestration.project import Project
 
 
 class Commands(click.Group):
@@ -39,27 +37,6 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="fmops")
 def cli() -> None:
     """Take a foundation model round its whole life: pretrain, finetune, evaluate, gate, release, serve."""
-
-
-def with_spec(command: Any) -> Any:
-    """Add --spec and --workspace."""
-    command = click.option(
-        "--workspace", type=click.Path(path_type=Path), help="Where artifacts lie. Default: .fmops beside the spec."
-    )(command)
-    return click.option(
-        "--spec",
-        type=click.Path(path_type=Path),
-        default=Path("lifecycle.yaml"),
-        show_default=True,
-        help="The spec file.",
-    )(command)
-
-
-def open_project(spec: Path, workspace: Path | None) -> Project:
-    """Open the spec and its workspace."""
-    from fmops.orchestration.project import Project
-
-    return Project.open(spec, workspace=workspace)
 
 
 @cli.command()
@@ -245,50 +222,7 @@ def gateway(spec: Path, workspace: Path | None) -> None:
     run_gateway(project.store.root, project.spec.serve, name=project.spec.name)
 
 
-@cli.group()
-def keys() -> None:
-    """API keys of the gateway: who may ask, and how much."""
-
-
-@keys.command("add")
-@click.argument("tenant")
-@click.option("--tokens-per-minute", type=click.IntRange(min=1), help="Default: serve.tokens_per_minute of the spec.")
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Valid for so many days. Default: for ever.")
-@with_spec
-def add_key(
-    tenant: str, tokens_per_minute: int | None, days: float | None, spec: Path, workspace: Path | None
-) -> None:  # fmt: skip
-    """Make a key for a tenant and print it, once: only its digest is kept."""
-    key, secret = open_keys(spec, workspace).add(tenant, tokens_per_minute=tokens_per_minute, days=days)
-    click.echo(secret)
-    click.echo(f"key {key.id} of {key.tenant}: it is shown this once", err=True)
-
-
-@keys.command("revoke")
-@click.argument("id")
-@with_spec
-def revoke_key(id: str, spec: Path, workspace: Path | None) -> None:
-    """End a key now."""
-    key = open_keys(spec, workspace).revoke(id)
-    click.echo(f"revoked {key.id} of {key.tenant}")
-
-
-@keys.command("list")
-@with_spec
-def list_keys(spec: Path, workspace: Path | None) -> None:
-    """Show the keys, without their secrets."""
-    import time
-
-    for key in open_keys(spec, workspace).keys().values():
-        budget = f"{key.tokens_per_minute:,} tokens a minute" if key.tokens_per_minute else "the spec's budget"
-        click.echo(f"{key.id}  {key.tenant:20} {key.state(time.time()):8} {budget}")
-
-
-def open_keys(spec: Path, workspace: Path | None) -> KeyRing:
-    """The keys of a spec's workspace."""
-    from fmops.deployment.serving.gateway.keys import KEYS, KeyRing
-
-    return KeyRing(open_project(spec, workspace).store.root / KEYS)
+cli.add_command(keys)
 
 
 @cli.command()
