@@ -50,7 +50,7 @@ resource "aws_db_parameter_group" "metadata" {
 
 resource "aws_db_instance" "metadata" {
   # checkov:skip=CKV_AWS_118: enhanced monitoring costs more than it tells about a database this small
-  # checkov:skip=CKV_AWS_353: performance insights, likewise
+  # checkov:skip=CKV_AWS_353: performance insights cost more than they tell about a database this small
   # checkov:skip=CKV_AWS_161: Dagster and MLflow sign in with the password that AWS rotates
   # checkov:skip=CKV_AWS_293: deletion protection follows keep_data, true by default
   for_each                        = toset(["dagster", "mlflow"])

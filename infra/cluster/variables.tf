@@ -113,8 +113,8 @@ variable "monthly_budget_usd" {
   type        = number
   description = "Mails go out at 50, 80 and 100 % of it, and when the forecast passes it; the bill's alarm rings at it. It stops nothing: the limits of the node pools do."
   validation {
-    condition     = var.monthly_budget_usd >= 100
-    error_message = "monthly_budget_usd is ${var.monthly_budget_usd}; an idle cluster alone costs more than 100 (see the table in infra/README.md)."
+    condition     = var.monthly_budget_usd >= 1000
+    error_message = "monthly_budget_usd is ${var.monthly_budget_usd}; an idle cluster alone costs about 1,050 (see the table in infra/README.md)."
   }
 }
 

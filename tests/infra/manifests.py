@@ -23,7 +23,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORM = ROOT / "infra" / "platform"
-OWN_CHARTS = ("apps", "foundations", "secrets", "nodes", "queues", "serving", "monitoring")
+OWN_CHARTS = ("apps", "foundations", "secrets", "nodes", "queues", "serving", "monitoring", "validation")
 PROFILES = ("cpu", "gpu", "neuron")
 KUBERNETES = "1.36"
 DIGEST = "sha256:" + "a" * 64
@@ -88,14 +88,16 @@ def image_lock() -> Manifest:
 
 
 @functools.cache
-def render(chart: str, profile: str, folder: Path = PLATFORM) -> str:
+def render(chart: str, profile: str) -> str:
     """`helm template` of one of our charts; an error of the chart is raised with helm's own words."""
     values = {
         "cluster": cluster_values(profile),
         "images": image_lock(),
         "git": {"repo": "https://git.example.com/fmops.git", "revision": "v1"},
+        "model": "s3://fmops-artifacts-111122223333-us-east-1/release",
     }
-    command = [helm(), "template", chart, str(folder / chart), "--namespace", chart, "--values", "-"]
+    path = ROOT / "infra/validation" if chart == "validation" else PLATFORM / chart
+    command = [helm(), "template", chart, str(path), "--namespace", chart, "--values", "-"]
     done = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
     if done.returncode:
         raise AssertionError(f"helm template {chart} ({profile}): {done.stderr}")
@@ -104,10 +106,7 @@ def render(chart: str, profile: str, folder: Path = PLATFORM) -> str:
 
 def manifests(profile: str) -> list[Manifest]:
     """Every object of our charts, and the validation jobs of the profile."""
-    found = [m for chart in OWN_CHARTS for m in yaml.safe_load_all(render(chart, profile)) if m]
-    for page in sorted((ROOT / "infra/validation").glob("*.yaml")):
-        found += [m for m in yaml.safe_load_all(page.read_text()) if m]
-    return found
+    return [m for chart in OWN_CHARTS for m in yaml.safe_load_all(render(chart, profile)) if m]
 
 
 def name_of(manifest: Manifest) -> str:

@@ -226,3 +226,12 @@ run "a_file_system_of_an_odd_speed" {
   }
   expect_failures = [var.lustre]
 }
+
+run "a_region_that_is_a_zone" {
+  command = plan
+  variables {
+    region = "us-east-1a"
+    zones  = ["us-east-1a1", "us-east-1a2", "us-east-1a3"]
+  }
+  expect_failures = [var.region]
+}

@@ -1,0 +1,160 @@
+"""Sums that the README shows, what the scanner finds, and the validation scripts, run where they can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+INFRA = ROOT / "infra"
+COSTS = yaml.safe_load((INFRA / "costs.yaml").read_text())
+README = (INFRA / "README.md").read_text()
+
+
+def idle_usd_an_hour():
+    return sum(COSTS["prices"][line["price"]] * line["count"] for line in COSTS["idle"])
+
+
+def test_the_readme_shows_each_line_of_the_idle_price_and_its_sum():
+    for line in COSTS["idle"]:
+        price = COSTS["prices"][line["price"]]
+        assert f"| {line['what']} | {line['count']} × {price:g} | {price * line['count']:.3f} |" in README
+    hour = idle_usd_an_hour()
+    assert f"| **idle, each profile** | | **{hour:.2f}** |" in README
+    assert f"{hour * COSTS['hours_a_month']:,.0f} USD a month" in README
+
+
+@pytest.mark.parametrize("profile", COSTS["adds"])
+def test_the_readme_shows_what_a_node_of_the_profile_adds(profile):
+    for node in COSTS["adds"][profile]:
+        price = COSTS["prices"][node]
+        assert f"| {profile} | {node} | {price:.2f} | {idle_usd_an_hour() + price:.2f} |" in README
+
+
+def test_no_number_in_the_price_table_comes_from_elsewhere():
+    rows = re.findall(r"^\| (?:cpu|gpu|neuron) \| (\S+\.\S+) \|", README, re.MULTILINE)
+    assert rows == [node for nodes in COSTS["adds"].values() for node in nodes]
+    assert str(COSTS["taken"]) in README
+
+
+def test_counts_in_the_price_table_are_those_of_the_code():
+    code = "\n".join(page.read_text() for page in (INFRA / "cluster").glob("*.tf"))
+    counts = {line["what"]: line["count"] for line in COSTS["idle"]}
+    assert counts["system nodes"] == int(re.search(r"desired_size = (\d+)", code)[1])
+    endpoints = re.search(r"interface_endpoints = toset\(\[(.*?)\]\)", code, re.DOTALL)[1].count('"') // 2
+    assert counts["interface endpoints in three zones"] == 3 * endpoints
+    assert counts["databases"] == len(re.search(r'for_each += toset\((\["dagster", "mlflow"\])\)', code)[1].split(","))
+    assert counts["keys"] == code.count('resource "aws_kms_key"')
+    assert counts["NAT gateways"] == counts["their addresses"] == 3
+    least = float(re.search(r"var.monthly_budget_usd >= (\d+)", code)[1])
+    assert abs(idle_usd_an_hour() * COSTS["hours_a_month"] - least) < 100, "the smallest budget is about the idle price"
+
+
+# checkov
+
+
+def checkov():
+    for name in (os.environ.get("FMOPS_CHECKOV"), INFRA / ".tools/checkov/bin/checkov", shutil.which("checkov")):
+        if name and Path(name).is_file():
+            return str(name)
+    pytest.skip("no checkov: `make -C infra checkov` makes its environment, or set FMOPS_CHECKOV")
+
+
+def scan(folder):
+    command = [
+        checkov(),
+        "--directory",
+        str(folder),
+        "--framework",
+        "terraform",
+        "--output",
+        "json",
+        "--compact",
+        "--quiet",
+    ]
+    environment = os.environ | {"BC_SKIP_MAPPING": "TRUE", "CHECKOV_EXPERIMENTAL_TERRAFORM_MANAGED_MODULES": "False"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_scanner_finds_nothing_that_is_not_explained():
+    found = scan(INFRA)
+    assert [f"{one['check_id']} {one['resource']}" for one in found["results"]["failed_checks"]] == []
+    assert found["summary"]["passed"] > 200
+
+
+def test_the_scanner_finds_images_that_nobody_scans(tmp_path):
+    shutil.copytree(INFRA / "cluster", tmp_path / "cluster", ignore=shutil.ignore_patterns(".terraform*"))
+    page = tmp_path / "cluster/registry.tf"
+    page.write_text(page.read_text().replace("scan_on_push = true", "scan_on_push = false"))
+    (tmp_path / "platform").mkdir()
+    shutil.copy(INFRA / "platform/images.yaml", tmp_path / "platform")
+    assert "CKV_AWS_163" in {one["check_id"] for one in scan(tmp_path / "cluster")["results"]["failed_checks"]}
+
+
+def test_each_exception_says_why():
+    for page in INFRA.rglob("*.tf"):
+        for check, why in re.findall(r"checkov:skip=(\w+):?(.*)", page.read_text()):
+            assert len(why.split()) >= 5, f"{page.name}: {check} is skipped without a reason"
+
+
+# The validation jobs' scripts
+
+
+def allreduce(processes, *arguments):
+    script = INFRA / "validation/files/allreduce.py"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--standalone",
+        str(script),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run(
+        [*command, "--megabytes=1", "--rounds=3", *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_the_fabric_test_measures_and_can_fail():
+    passed, failed = allreduce(2, "--expect=0.000001"), allreduce(2, "--expect=1000000")
+    assert passed.returncode == 0, passed.stderr
+    result = json.loads(passed.stdout.splitlines()[-1])
+    assert result["processes"] == 2
+    assert result["bus_gb_s"] == pytest.approx(result["bytes"] / result["seconds"] / 1e9)  # 2 (n - 1) / n is 1
+    assert failed.returncode != 0
+    assert '"passed": false' in failed.stdout
+
+
+def test_the_fabric_test_refuses_one_process_alone():
+    assert "moves nothing" in allreduce(1, "--expect=1").stderr
+
+
+def test_the_store_test_sees_a_role_that_may_delete():
+    """moto enforces no rights, so that every role may delete: the script must say so, after its other steps passed."""
+    import boto3
+    import local_aws
+
+    with local_aws.serve() as (address, _):
+        aws = {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+        }
+        keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local"}
+        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(Bucket="artifacts")
+        command = [sys.executable, str(INFRA / "validation/files/store.py"), "artifacts"]
+        done = subprocess.run(command, env=os.environ | aws, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "The stages' role may delete artifacts" in done.stderr
