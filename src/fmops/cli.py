@@ -73,6 +73,41 @@ def run(spec: Path, workspace: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("model")
+@with_spec
+def evaluate(model: str, spec: Path, workspace: Path | None) -> None:
+    """Measure a model, a checkpoint or a release on the spec's suites."""
+    from fmops.orchestration.evaluate import evaluate as evaluate_model
+    from fmops.orchestration.evaluate import render_evaluation
+    from fmops.orchestration.events import open_view
+
+    project = open_project(spec, workspace)
+    with open_view() as view:
+        record = evaluate_model(project, model, view)
+    click.echo(render_evaluation(record))
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--page", type=click.Path(path_type=Path), help="Default: comparisons/ in the workspace.")
+@with_spec
+def compare(a: str, b: str, page: Path | None, spec: Path, workspace: Path | None) -> None:
+    """Judge B against A as the gate would: 0 promote, 3 reject, 4 need more data."""
+    from fmops.orchestration.compare import compare as compare_reports
+    from fmops.orchestration.compare import render_comparison
+    from fmops.orchestration.comparison_page import write_page
+
+    project = open_project(spec, workspace)
+    compared = compare_reports(project, a, b)
+    path = page or project.store.root / "comparisons" / f"{compared.before.key}--{compared.after.key}.html"
+    alpha = project.spec.gate.alpha if project.spec.gate else 0.05
+    write_page(compared, path, name=project.spec.name, alpha=alpha)
+    click.echo(render_comparison(compared, path))
+    sys.exit(compared.exit_code)
+
+
+@cli.command()
 @with_spec
 def status(spec: Path, workspace: Path | None) -> None:
     """Show the last run, the artifacts in use and who holds the workspace."""

@@ -17,6 +17,8 @@ INTERFACE = {
     "init": ("folder",),
     "plan": SPEC,
     "run": SPEC,
+    "evaluate": ("model", *SPEC),
+    "compare": ("a", "b", "--page", *SPEC),
     "status": SPEC,
     "show": ("artifact", *SPEC),
     "diff": ("a", "b", *SPEC),

@@ -6,7 +6,7 @@ Refuses: nothing; it changes nothing but for setting damaged artifacts aside whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -134,8 +134,14 @@ class Planner:
             policy = {name: value for name, value in record.config.items() if name != "earlier"}
             if policy == asked and {name: ref.digest for name, ref in record.inputs.items()} == digests:
                 return tuple(map(Judged.model_validate, record.config.get("earlier", ())))
-        longest: list[Any] = max((record.artifact.get("rounds", []) for record in gates), key=len, default=[])
-        return tuple(map(Judged.model_validate, longest))
+        return _longest(gates)
+
+    def next_level(self, alpha: float) -> tuple[float, int]:
+        """The level of a candidate that was not judged yet, and how many rounds came before it."""
+        from fmops.evaluation.spending import level
+
+        earlier = _longest(record for record in self.store.records() if record.kind == "gate")
+        return level(earlier, alpha), len(earlier)
 
     def _why(self, node: Node, inputs: Mapping[str, InputRef]) -> str:
         last = self.newest.get(node.name)
@@ -153,6 +159,12 @@ class Planner:
             if name not in inputs or name not in last.inputs or inputs[name].digest != last.inputs[name].digest
         ]
         return "; ".join(changes[:4]) or "its artifact is gone"
+
+
+def _longest(gates: Iterable[Record]) -> tuple[Judged, ...]:
+    """The rounds of the decision that knows most of them; each holds those before it."""
+    rounds: list[Any] = max((record.artifact.get("rounds", []) for record in gates), key=len, default=[])
+    return tuple(map(Judged.model_validate, rounds))
 
 
 def _blocks(step: Step) -> bool:

@@ -42,20 +42,27 @@ def render_plan(project: Project) -> str:
             total += expected.wall_s
         time = "?" if expected.wall_s is None else f"{expected.wall_s:,.0f} s {expected.basis}" * (expected.wall_s > 0)
         rows.append((name, step.state, f"{expected.tokens:,}" if expected.tokens else "", time, step.reason))
-    lines = [_table(("stage", "state", "tokens", "time", "why"), rows), ""]
+    lines = [table(("stage", "state", "tokens", "time", "why"), rows), ""]
     dollars = project.spec.runtime.dollars_per_hour
     cost = f", ${total / 3600 * dollars:,.2f} at ${dollars:g} an hour" if dollars else ""
     lines.append(f"expected: {total / 60:,.1f} min on {project.threads} threads{cost}")
     if unknown:
         lines.append(f"not in that sum, never run here: {', '.join(unknown)}")
-    lines += minimum_detectable(project, steps["benchmarks"].record if "benchmarks" in steps else None)
+    if project.spec.gate:
+        level, earlier = planner.next_level(project.spec.gate.alpha)
+        lines += minimum_detectable(project, steps["benchmarks"].record if "benchmarks" in steps else None, alpha=level)
+        lines.append(
+            f"gate: round {earlier + 1} of this workspace tests at level {level:.4f} of α {project.spec.gate.alpha:g}"
+        )
     return "\n".join(lines)
 
 
-def minimum_detectable(project: Project, pinned: Record | None) -> list[str]:
+def minimum_detectable(project: Project, pinned: Record | None, *, alpha: float) -> list[str]:
     """What the gate can see with the items it has, before anything is spent: a line a family of right-or-wrong items.
 
-    `pinned` is the benchmarks artifact; before it is made the spec's limit stands for the number of items.
+    Args:
+        pinned: the benchmarks artifact; before it is made the spec's limit stands for the number of items.
+        alpha: the level of the coming round.
     """
     from fmops.evaluation.statistics import minimum_detectable as detectable
     from fmops.evaluation.suites import load_suite
@@ -67,13 +74,16 @@ def minimum_detectable(project: Project, pinned: Record | None) -> list[str]:
     families = len({suite.family for suite in suites})
     lines = []
     for suite in suites:
-        tasks = [name for name, task in suite.tasks.items() if task.source]
-        counts = [pinned.artifact["items"][name] if pinned else spec.evaluate.limit for name in tasks]
+        tasks = [name for name, task in suite.tasks.items() if task.corpus is None]
+        most = spec.evaluate.limit
+        counts = [pinned.artifact["items"][name] if pinned else most for name in tasks]
+        if spec.evaluate.rotate and most:
+            counts = [min(count or most, most) for count in counts]
         n = sum(count or 0 for count in counts)
         if not n or None in counts:
             continue
         margin = spec.gate.margins.get(suite.family, suite.margin)
-        seen = detectable(n, disagreement=DISAGREEMENT, alpha=spec.gate.alpha, families=families)
+        seen = detectable(n, disagreement=DISAGREEMENT, alpha=alpha, families=families)
         enough = "" if seen <= margin else "; an equal model may be told: need more data"
         lines.append(
             f"gate: {suite.family} with {n} items can show a margin of {seen:.3f}, asked is {margin:g}{enough}"
@@ -126,7 +136,7 @@ def render_status(project: Project) -> str:
         if state == "started" and shown:
             detail = f"{shown['done']:,.0f}/{shown['total']:,.0f} {shown['unit']}"
         rows.append((name, "running" if state == "started" and held else _STATES.get(state, state), detail))
-    return "\n".join([*lines, _table(("stage", "state", ""), rows)])
+    return "\n".join([*lines, table(("stage", "state", ""), rows)])
 
 
 _STATES = {"started": "interrupted", "finished": "done", "cached": "cached", "failed": "failed"}
@@ -176,9 +186,10 @@ def _short(text: str, width: int = 160) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """Columns as wide as their widest cell."""
+    lines = [head, *rows]
+    widths = [max(len(row[column]) for row in lines) for column in range(len(head))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines
     )

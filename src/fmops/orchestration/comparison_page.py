@@ -1,0 +1,80 @@
+"""The page of a comparison: families, tasks, weak slices, rounds, and every item that moved, to be searched.
+
+Enters: a comparison. Leaves: one file that works from disk and fetches nothing.
+Refuses: any script but its own few lines; models write parts of the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from fmops.orchestration.charts import signed
+from fmops.orchestration.compare import Compared
+from fmops.orchestration.report_parts import gate_rows
+from fmops.store import write_atomically
+
+MOVED_SHOWN = 1000
+CHARACTERS_SHOWN = 1500
+SCRIPT = """
+const rows = [...document.querySelectorAll("#moved tbody tr")];
+const texts = rows.map(row => row.textContent.toLowerCase());
+const count = document.getElementById("count");
+document.getElementById("search").addEventListener("input", event => {
+  const wanted = event.target.value.toLowerCase();
+  rows.forEach((row, place) => { row.hidden = !texts[place].includes(wanted); });
+  count.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length}`;
+});
+"""
+TONES = {"promote": "good", "reject": "bad", "need more data": "open"}
+
+
+def write_page(compared: Compared, path: Path, *, name: str, alpha: float) -> Path:
+    """Write the page; equal comparisons give equal pages."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["signed"] = signed
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    page = environment.get_template("comparison.html.j2").render(
+        **_view(compared), name=name, alpha=alpha, script=Markup(SCRIPT), script_digest=Markup(f"sha256-{digest}")
+    )
+    write_atomically(path, page)
+    return path
+
+
+def _view(compared: Compared) -> dict[str, Any]:
+    found, gate = compared.comparison, compared.gate.artifact if compared.gate else {}
+    moved = list(found.moved) if found else []
+    moved.sort(key=lambda each: (each.task, -abs(each.difference)))
+    families = [family.model_dump() for family in compared.decision.families]
+    return {
+        "before": compared.before.key,
+        "after": compared.after.key,
+        "verdict": compared.decision.verdict.capitalize(),
+        "tone": TONES[compared.decision.verdict],
+        "reasons": compared.decision.reasons,
+        "families": gate_rows({"families": families}),
+        "tasks": found.tasks if found else (),
+        "slices": found.slices if found else (),
+        "rounds": gate.get("rounds", []),
+        "wealth": gate.get("wealth") or 0.0,
+        "moved_total": len(moved),
+        "moved": [
+            {
+                "task": each.task, "sample": each.sample, "difference": each.difference, "prompt": _cut(each.prompt),
+                "before": _cut(each.before), "after": _cut(each.after),
+            }
+            for each in moved[:MOVED_SHOWN]
+        ],
+    }  # fmt: skip
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CHARACTERS_SHOWN else text[:CHARACTERS_SHOWN] + " … (cut here)"

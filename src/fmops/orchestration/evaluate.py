@@ -1,0 +1,113 @@
+"""`fmops evaluate`: the spec's suites on any model.
+
+Enters: a project and an alias, an artifact, or the source of a model. Leaves: an evaluation in the workspace, a table.
+Refuses: a spec without suites, and what is no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from io import StringIO
+
+from fmops.errors import FmopsError
+from fmops.jobs import ImportJob
+from fmops.locks import locked
+from fmops.orchestration.events import View
+from fmops.orchestration.execute import execute
+from fmops.orchestration.graph import Graph, Node
+from fmops.orchestration.project import Project
+from fmops.orchestration.show import table
+from fmops.orchestration.summary import summarise
+from fmops.stage import STAGES
+from fmops.store import Record
+
+SUBJECT = "subject"
+
+
+def evaluate(project: Project, model: str, view: View) -> Record:
+    """Measure a model as the spec's own checkpoints are measured, so that both can be compared.
+
+    Raises:
+        FmopsError: the spec has no suites, or `model` is neither known here nor the source of a model.
+    """
+    if "evaluate-base" not in project.graph.nodes:
+        raise FmopsError(f"{project.spec_path.name} has no `evaluate`: add it, with suites, to say what is measured.")
+    project = replace(project, graph=_with_subject(project, _source(project, model)))
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(project.threads))
+    # Libraries read these at import, which the stages do.
+    os.environ.update(threads)
+    with locked(project.store.root / "lock"):
+        for name in project.graph.nodes:
+            planned = project.planner().plan()[name]
+            if planned.record:
+                view.show(name, {"event": "cached"})
+                record = planned.record
+                continue
+            view.show(name, {"event": "started"})
+            record = execute(project, name, fingerprint=None, stream=_Forward(view, name))
+            view.show(name, {"event": "finished", "cost": record.cost, "summary": summarise(record)})
+    return record
+
+
+def _source(project: Project, model: str) -> str:
+    """The URI of the model's folder."""
+    store = project.store
+    key = store.aliases().get(model, model)
+    known = [record for record in store.records() if record.key.startswith(key) or record.node == key]
+    for record in reversed(known):
+        if record.kind in ("checkpoint", "release"):
+            return str(store.folder(record.stage, record.fingerprint) / "model")
+    if known:
+        raise FmopsError(
+            f"{known[-1].key} is a {known[-1].kind}. Only a checkpoint, a release or a model is evaluated."
+        )
+    if "://" in model or (project.graph.root / model).exists():
+        return model
+    if os.path.exists(model):  # noqa: PTH110  a path from where the command was given
+        return os.path.abspath(model)  # noqa: PTH100
+    names = ", ".join(sorted({*store.aliases(), *(r.key for r in store.records() if r.kind == "checkpoint")})) or "none"
+    raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.root}. Known there: {names}.")
+
+
+def _with_subject(project: Project, source: str) -> Graph:
+    """The part of the graph that an evaluation needs, with the model in the place of the base."""
+    nodes = project.graph.nodes
+    pattern = nodes["evaluate-base"]
+    wanted = {name for parameter, name in pattern.artifacts.items() if parameter != "checkpoint"}
+    for name in reversed(nodes):
+        if name in wanted:
+            wanted |= set(nodes[name].artifacts.values())
+    label = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[-32:]
+    subject = Node(name=SUBJECT, stage=STAGES["import"], config=ImportJob(), sources={"source": (source,)})
+    measured = replace(pattern, name=f"evaluate-{label}", artifacts={**pattern.artifacts, "checkpoint": SUBJECT})
+    kept = {name: node for name, node in nodes.items() if name in wanted}
+    return replace(project.graph, nodes={**kept, SUBJECT: subject, measured.name: measured})
+
+
+class _Forward(StringIO):
+    """The stage's reports, shown as those of a stage process are."""
+
+    def __init__(self, view: View, node: str) -> None:
+        super().__init__()
+        self._view, self._node = view, node
+
+    def write(self, text: str, /) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                self._view.show(self._node, json.loads(line))
+        return len(text)
+
+
+def render_evaluation(record: Record) -> str:
+    """Every metric with its standard error and n."""
+    rows = [
+        (metric["family"], metric["task"], metric["name"], f"{metric['value']:.4f}",
+         "" if metric["standard_error"] is None else f"± {metric['standard_error']:.4f}", str(metric["n"]),
+         "higher" if metric["higher_is_better"] else "lower")
+        for metric in record.artifact["metrics"]
+    ]  # fmt: skip
+    head = ("family", "task", "metric", "value", "error", "n", "better")
+    return f"{table(head, rows)}\n{record.key}: `fmops compare evaluate-base {record.key}` lays it beside the base"
