@@ -7,6 +7,7 @@ Refuses: traces of other releases, requests that were the client's fault, and si
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -173,7 +174,13 @@ def signals_of(trace: Trace) -> dict[str, float]:
 
 def observe(evidence: Evidence, traces: Iterable[Trace]) -> Evidence:
     """Fold traces into the evidence, one by one: how they are cut into looks changes nothing."""
-    signals, latency = dict(evidence.signals), dict(evidence.latency)
+    signals = dict(evidence.signals)
+    blocks = {name: _Block(signal.waiting) for name, signal in signals.items()}
+    timed = {
+        (name, arm): Counter(getattr(latency, arm))
+        for name, latency in evidence.latency.items()
+        for arm in ("champion", "canary")
+    }
     unpaired = dict(evidence.unpaired)
     known = {"canary_answers": evidence.canary_answers, "step_answers": evidence.step_answers, "pairs": evidence.pairs}
     last = evidence.last_seen_s
@@ -190,35 +197,54 @@ def observe(evidence: Evidence, traces: Iterable[Trace]) -> Evidence:
             known["pairs"] += _pair(signals, unpaired, trace, seen)
         if trace.arm == "shadow" or not share:
             continue
-        _count(signals, seen, canary=trace.arm == "canary", share=share)
+        _count(signals, blocks, seen, canary=trace.arm == "canary", share=share)
         known["canary_answers"] += trace.arm == "canary"
         if trace.started_s >= step_since:
             known["step_answers"] += trace.arm == "canary"
-            _time(latency, trace)
+            _time(timed, trace)
+    signals = {name: signal.model_copy(update={"waiting": blocks[name].take()}) for name, signal in signals.items()}
+    latency = {
+        name: Latency(champion=timed[name, "champion"], canary=timed[name, "canary"]) for name in evidence.latency
+    }
     return evidence.model_copy(
         update={"signals": signals, "latency": latency, "unpaired": unpaired, "last_seen_s": last, **known}
     )
 
 
-def _count(signals: dict[str, SignalEvidence], seen: Mapping[str, float], *, canary: bool, share: float) -> None:
+class _Block:
+    """A block that is filling: events and answers of either arm. Lives for one fold only."""
+
+    def __init__(self, waiting: tuple[Count, Count]) -> None:
+        champion, canary = waiting
+        self.champion, self.canary = [champion.events, champion.n], [canary.events, canary.n]
+
+    def take(self) -> tuple[Count, Count]:
+        """What is in it; it is empty afterwards."""
+        found = [Count(events=events, n=n) for events, n in (self.champion, self.canary)]
+        self.champion, self.canary = [0, 0], [0, 0]
+        return found[0], found[1]
+
+
+def _count(
+    signals: dict[str, SignalEvidence], blocks: Mapping[str, _Block], seen: Mapping[str, float], *,
+    canary: bool, share: float,
+) -> None:  # fmt: skip
     for name, value in seen.items():
-        signal, event = signals[name], int(value > 0)
-        champion_block, canary_block = signal.waiting
-        one = Count(events=event, n=1)
-        if canary:
-            canary_block = canary_block + one
-        else:
-            champion_block = champion_block + one
-        changes: dict[str, object] = {"waiting": (champion_block, canary_block)}
+        block, event = blocks[name], int(value > 0)
+        arm = block.canary if canary else block.champion
+        arm[0] += event
+        arm[1] += 1
+        changes: dict[str, object] = {}
         if event:
-            changes["rare"] = signal.rare.add(share, int(canary), 1)
-        if canary_block.n >= BLOCK and champion_block.n:
+            changes["rare"] = signals[name].rare.add(share, int(canary), 1)
+        if block.canary[1] >= BLOCK and block.champion[1]:
+            champion_block, canary_block = block.take()
             changes |= {
-                "harm": signal.harm.block(champion_block, canary_block),
-                "fine": signal.fine.block(champion_block, canary_block),
-                "waiting": (Count(), Count()),
+                "harm": signals[name].harm.block(champion_block, canary_block),
+                "fine": signals[name].fine.block(champion_block, canary_block),
             }
-        signals[name] = signal.model_copy(update=changes)
+        if changes:
+            signals[name] = signals[name].model_copy(update=changes)
 
 
 def _pair(
@@ -248,18 +274,14 @@ def _pair(
     return 1
 
 
-def _time(latency: dict[str, Latency], trace: Trace) -> None:
+def _time(timed: Mapping[tuple[str, str], Counter[int]], trace: Trace) -> None:
     measured = {"first_token_s": trace.first_token_s}
     if trace.completion_tokens >= 8:
         measured["token_s"] = trace.duration_s / trace.completion_tokens
+    arm = "canary" if trace.arm == "canary" else "champion"
     for name, seconds in measured.items():
-        if not seconds or seconds <= 0:
-            continue
-        arm = "canary" if trace.arm == "canary" else "champion"
-        place = math.floor(math.log(seconds) / BIN)
-        counts = dict(getattr(latency[name], arm))
-        counts[place] = counts.get(place, 0) + 1
-        latency[name] = latency[name].model_copy(update={arm: counts})
+        if seconds and seconds > 0:
+            timed[name, arm][math.floor(math.log(seconds) / BIN)] += 1
 
 
 def _order_statistic(counts: Mapping[int, int], rank: int) -> float:
