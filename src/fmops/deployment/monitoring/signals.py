@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from fmops.deployment.monitoring.language import expects_another_language, language
 from fmops.redaction import redact
-from fmops.refusals import is_refusal
+from fmops.refusals import goes_in_circles, is_refusal
 
 BINARY = (
     "empty", "truncated", "repeated", "refused", "wrong_language", "invalid_json", "personal_data", "secret",
@@ -21,10 +21,6 @@ BINARY = (
 """Signals of 0 or 1; 1 is what nobody wants, except that a refusal may be right."""
 
 SECRETS = frozenset({"private-key", "jwt", "aws-key", "aws-secret", "token"})
-REPEATED_WORDS = 4
-"""Length of the word sequences that are counted."""
-REPEATED_SHARE = 0.5
-"""An answer repeats itself when fewer than half of its word sequences are new."""
 LEAKED_WORDS = 8
 """So many words of the system prompt in a row are a leak."""
 
@@ -63,7 +59,7 @@ def measure(
         return signals | ({"invalid_json": 1.0} if wants_json else {})
     leaked = _leaked(prompt, redact(response)[1] if found is None else found)
     signals |= {
-        "repeated": float(_repeats(words)),
+        "repeated": float(goes_in_circles(words)),
         "refused": float(is_refusal(response)),
         "personal_data": float(bool(leaked - SECRETS)),
         "secret": float(bool(leaked & SECRETS)),
@@ -84,16 +80,6 @@ def _leaked(prompt: str, found: Mapping[str, int]) -> set[str]:
     # A prompt that was redacted before shows its types as placeholders.
     given = redact(prompt)[1]
     return {kind for kind, count in found.items() if count > given[kind] + prompt.count(f"<{kind}>")}
-
-
-def _repeats(words: list[str]) -> bool:
-    """Whether an answer goes round in circles; a long word stands for text without spaces."""
-    if max(map(len, words)) > 40:
-        text = "".join(words)
-        runs = [text[start : start + 8] for start in range(len(text) - 7)]
-    else:
-        runs = [" ".join(words[start : start + REPEATED_WORDS]) for start in range(len(words) - REPEATED_WORDS + 1)]
-    return len(runs) >= 16 and len(set(runs)) < REPEATED_SHARE * len(runs)
 
 
 def _leaks(response: str, words: list[str], system: str) -> bool:

@@ -88,10 +88,6 @@ class Watch(Frozen):
     before: dict[str, Count] = Field(default={}, description="Reference rates of the release before.")
     alarms: tuple[Alarm, ...] = ()
 
-    def ready(self, policy: Monitor) -> bool:
-        """Whether normal is known."""
-        return self.answers >= policy.reference
-
 
 def watch(state: Watch, traces: Iterable[Trace], votes: Iterable[Feedback], policy: Monitor) -> Watch:
     """Take in what is new, answers in the order of their log. How they are cut into looks changes nothing."""
@@ -135,9 +131,10 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
         changes |= {"centroid": centroid, "centroid_prompts": state.centroid_prompts + 1}
     elif words:
         far = distance(words, state.centroid)
-    state = state.model_copy(update=changes)
+    ready = state.answers + 1 >= policy.reference
+    rates, measures = dict(state.rates), dict(state.measures)
     for name, value in seen.items():
-        state = _rate(state, name, int(value > 0), trace.id, now, policy)
+        rates[name] = _rate(rates[name], name, int(value > 0), trace.id, now, policy, ready=ready)
     numbers = {
         "topic": far,
         "prompt_words": float(len(trace.prompt.split())) if trace.prompt else None,
@@ -146,8 +143,8 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
     }
     for name, number in numbers.items():
         if number is not None:
-            state = _measure(state, name, number, trace.id, now, policy)
-    return _judge(state, now, policy)
+            measures[name] = _measure(measures[name], name, number, trace.id, now, ready=ready)
+    return _judge(state.model_copy(update={**changes, "rates": rates, "measures": measures}), now, policy)
 
 
 def _vote(state: Watch, vote: Feedback, policy: Monitor) -> Watch:
@@ -159,25 +156,26 @@ def _vote(state: Watch, vote: Feedback, policy: Monitor) -> Watch:
     state = state.model_copy(update={"votes": {**votes, identity: cast + 1}, "votes_day": day})
     if cast >= VOTES_PER_IDENTITY:
         return state
-    state = _rate(state, "disliked", int(vote.thumb == "down"), vote.id, vote.at_s, policy)
-    return _judge(state, vote.at_s, policy)
+    down = int(vote.thumb == "down")
+    rate = _rate(state.rates["disliked"], "disliked", down, vote.id, vote.at_s, policy, ready=True)
+    return _judge(state.model_copy(update={"rates": {**state.rates, "disliked": rate}}), vote.at_s, policy)
 
 
-def _rate(state: Watch, name: str, event: int, trace: str, now: float, policy: Monitor) -> Watch:
-    rate, one = state.rates[name], Count(events=event, n=1)
+def _rate(rate: Rate, name: str, event: int, trace: str, now: float, policy: Monitor, *, ready: bool) -> Rate:
+    one = Count(events=event, n=1)
     # Votes are rarer than answers: a tenth as many say what is normal.
     wanted = policy.reference // 10 if name == "disliked" else policy.reference // 2
     changes: dict[str, object] = {"latest": (*rate.latest[-(RATE_NOW - 1) :], event)}
     if event:
         changes["examples"] = (*rate.examples[-(EXAMPLES - 1) :], trace)
-    if rate.reference.n < wanted or (rate.detector is None and not state.ready(policy) and name != "disliked"):
+    if rate.reference.n < wanted or (rate.detector is None and not ready):
         changes["reference"] = rate.reference + one
     else:
         detector = rate.detector or Detector(null=tolerated(rate.reference, tolerance_of(name, policy.tolerances)))
         if now >= rate.silent_until_s:
             detector = detector.add(float(event))
         changes |= {"detector": detector, "since": rate.since + one}
-    return state.model_copy(update={"rates": {**state.rates, name: rate.model_copy(update=changes)}})
+    return rate.model_copy(update=changes)
 
 
 def tolerance_of(name: str, given: Mapping[str, float]) -> float:
@@ -190,16 +188,16 @@ def tolerated(reference: Count, tolerance: float) -> float:
     return min(exact_upper(reference, REFERENCE_MISSED / len(RATES)) + tolerance, 0.999)
 
 
-def _measure(state: Watch, name: str, number: float, trace: str, now: float, policy: Monitor) -> Watch:
-    measure, place = state.measures[name], MEASURES[name](number)
+def _measure(measure: Measure, name: str, number: float, trace: str, now: float, *, ready: bool) -> Measure:
+    place = MEASURES[name](number)
     changes: dict[str, object] = {
         "latest": (*measure.latest[-(LATEST - 1) :], place), "examples": (*measure.examples[-(EXAMPLES - 1) :], trace),
     }  # fmt: skip
-    if not state.ready(policy):
+    if not ready:
         changes["reference"] = {**measure.reference, place: measure.reference.get(place, 0) + 1}
     if now >= measure.silent_until_s:
         changes["shift"] = measure.shift.add(place, _chance(trace, name))
-    return state.model_copy(update={"measures": {**state.measures, name: measure.model_copy(update=changes)}})
+    return measure.model_copy(update=changes)
 
 
 def _judge(state: Watch, now: float, policy: Monitor) -> Watch:
