@@ -223,6 +223,46 @@ def test_a_mistake_is_named(server, case):
     assert set(error) == {"message", "type", "param", "code"}
 
 
+def test_a_prompt_is_scored_by_the_server_as_evaluation_scores_it(server, tiny_model):
+    from lm_eval.api.instance import Instance
+
+    from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+
+    lm = SharedPrefixLM(tiny_model, threads=1)
+    pairs = [("def f(x):", " return x"), ("the class object", " returns a value"), ("a " * 300 + "class", " value")]
+    scored = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    for (context, answer), (loglikelihood, _) in zip(pairs, scored, strict=True):
+        # What lm-evaluation-harness's `local-completions` sends.
+        body = {
+            "model": "tiny", "prompt": [lm.tok_encode(context + answer)], "temperature": 0, "max_tokens": 1,
+            "logprobs": 1, "seed": 1234, "echo": True,
+        }  # fmt: skip
+        served = httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["logprobs"]
+        begin = len(lm.tok_encode(context))
+        assert sum(served["token_logprobs"][begin:-1]) == pytest.approx(loglikelihood, abs=1e-4)
+        assert all(served["top_logprobs"][begin:])
+
+
+def test_an_echo_begins_with_the_prompt(client):
+    asked = {"model": "tiny", "prompt": "def f(", "temperature": 0, "max_tokens": 3, "logprobs": 1}
+    plain = client.completions.create(**asked)
+    echoed = client.completions.create(**asked, echo=True)
+    assert echoed.choices[0].text == "def f(" + plain.choices[0].text
+    assert echoed.usage == plain.usage
+    first, *others = echoed.choices[0].logprobs.token_logprobs
+    assert first is None
+    assert all(value < 0 for value in others)
+    assert others[-3:] == plain.choices[0].logprobs.token_logprobs
+
+
+@pytest.mark.parametrize("change", [{"stream": True, "logprobs": 1}, {}], ids=["streamed", "without logprobs"])
+def test_an_echo_that_nobody_could_read_is_refused(server, change):
+    body = {"model": "tiny", "prompt": "def f(", "echo": True, **change}
+    response = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "'echo' needs 'logprobs', and no 'stream'"
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"NaN", b"[" * 100_000], ids=lambda body: repr(body[:3]))
 def test_what_is_no_json_object_is_a_400(server, body):
     response = httpx.post(f"{server.url}/v1/chat/completions", content=body)

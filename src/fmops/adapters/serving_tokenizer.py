@@ -60,8 +60,13 @@ class ServingTokenizer:
             raw = token_bytes(self._tokenizer, token)
         return raw.decode("utf-8", errors="replace"), raw
 
-    def check(self, generation: Generation, *, alternatives: int) -> None:
-        """Raise PromptError for a request that cannot be computed; `alternatives` is what the engine can state."""
+    def check(self, generation: Generation, *, alternatives: int, scores_prompts: bool = False) -> None:
+        """Raise PromptError for a request that cannot be computed.
+
+        `alternatives` and `scores_prompts` are what the engine can state.
+        """
+        if generation.scores_prompt and not scores_prompts:
+            raise PromptError("this engine does not state how likely a prompt is: leave 'echo' out")
         total = len(generation.prompt) + generation.max_tokens
         if not generation.prompt or generation.max_tokens < 1:
             raise PromptError("a request needs at least one prompt token and one token to generate")

@@ -11,10 +11,11 @@ cores where this gives 61 (SmolLM2-135M, four requests): it attends over all req
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class _Stream:
     produced: int = 0
     next_token: int = -1
     cancelled: bool = False
+    prompt: list[Token] = field(default_factory=list)
+    """The prompt's tokens as far as they are scored, where that is asked for."""
 
     @property
     def prefilling(self) -> bool:
@@ -82,7 +85,7 @@ class TransformersEngine:
         return self._failure
 
     def submit(self, generation: Generation, emit: Emit) -> Callable[[], None]:
-        self.tokenizer.check(generation, alternatives=ALTERNATIVES)
+        self.tokenizer.check(generation, alternatives=ALTERNATIVES, scores_prompts=True)
         random = torch.Generator()
         if generation.seed is None:
             random.seed()
@@ -152,10 +155,27 @@ class TransformersEngine:
         prompt = stream.generation.prompt
         piece = prompt[stream.cache.length : stream.cache.length + PREFILL_TOKENS]
         positions = torch.arange(stream.cache.length, stream.cache.length + len(piece))[None]
-        logits = self._forward(torch.tensor([piece]), positions, [stream.cache])
+        kept = len(piece) if stream.generation.scores_prompt else 1
+        logits = self._forward(torch.tensor([piece]), positions, [stream.cache], kept=kept)
+        if stream.generation.scores_prompt:
+            self._score_prompt(stream, logits[0])
         stream.cache.length += len(piece)
         if not stream.prefilling:
-            self._produce(slot, stream, logits[0])
+            self._produce(slot, stream, logits[0, -1])
+
+    def _score_prompt(self, stream: _Stream, logits: torch.Tensor) -> None:
+        """Keep how likely the prompt's next tokens are after this piece's `logits` (length, vocabulary)."""
+        prompt = stream.generation.prompt
+        begin = stream.cache.length
+        if not begin:
+            stream.prompt.append(Token(id=prompt[0], text=self.tokenizer.token_text(prompt[0])[0], logprob=math.nan))
+        following = prompt[begin + 1 : begin + 1 + len(logits)]
+        logprobs = torch.log_softmax(logits[: len(following)], dim=-1)
+        values, ids = logprobs.topk(stream.generation.top_logprobs)
+        for place, token in enumerate(following):
+            top = tuple(zip(ids[place].tolist(), values[place].tolist(), strict=True))
+            text = self.tokenizer.token_text(token)[0]
+            stream.prompt.append(Token(id=token, text=text, logprob=float(logprobs[place, token]), top=top))
 
     def _step(self) -> None:
         """One token for every answer under way."""
@@ -164,18 +184,20 @@ class TransformersEngine:
             return
         tokens = torch.tensor([[stream.next_token if stream else 0] for stream in rows])
         positions = torch.tensor([[stream.cache.length if stream else 0] for stream in rows])
-        logits = self._forward(tokens, positions, [stream.cache if stream else None for stream in rows])
+        logits = self._forward(tokens, positions, [stream.cache if stream else None for stream in rows])[:, -1]
         for slot, stream in enumerate(rows):
             if stream:
                 stream.cache.length += 1
                 self._produce(slot, stream, logits[slot])
 
     def _forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, slots: Sequence[SlotCache | None]
+        self, tokens: torch.Tensor, positions: torch.Tensor, slots: Sequence[SlotCache | None], *, kept: int = 1
     ) -> torch.Tensor:
-        """Logits (rows, vocabulary) after the last of `tokens` (rows, length)."""
-        output = self._model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, slots=slots)
-        logits: torch.Tensor = output.logits[:, -1].float()
+        """Logits (rows, kept, vocabulary) after the last of `tokens` (rows, length)."""
+        output = self._model(
+            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=kept, slots=slots
+        )  # fmt: skip
+        logits: torch.Tensor = output.logits[:, -kept:].float()
         return logits
 
     def _produce(self, slot: int, stream: _Stream, logits: torch.Tensor) -> None:
@@ -195,7 +217,9 @@ class TransformersEngine:
             self._running[slot] = None
         finish = finish_of(stopped=ended or stream.text.stopped) if last else None
         if not stream.cancelled:
-            stream.emit(Token(id=token, text=text, logprob=logprob, top=top, finish=finish))
+            # Prompt tokens go out once, with the first token.
+            prompt, stream.prompt = tuple(stream.prompt), []
+            stream.emit(Token(id=token, text=text, logprob=logprob, top=top, finish=finish, prompt=prompt))
 
 
 def _load_model(folder: Path) -> Any:

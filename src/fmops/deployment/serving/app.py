@@ -151,7 +151,13 @@ class _Api:
         )
         asked = body.max_tokens or COMPLETION_TOKENS
         return await self._answer(
-            request, body, prompt, kind="text_completion", max_tokens=asked, top_logprobs=body.logprobs
+            request,
+            body,
+            prompt,
+            kind="text_completion",
+            max_tokens=asked,
+            top_logprobs=body.logprobs,
+            scores_prompt=bool(body.echo),
         )
 
     async def models(self, request: Request) -> Response:
@@ -210,13 +216,13 @@ class _Api:
 
     async def _answer(
         self, request: Request, body: Sampling, prompt: list[int], *, kind: Kind, max_tokens: int,
-        top_logprobs: int | None,
+        top_logprobs: int | None, scores_prompt: bool = False,
     ) -> Response:  # fmt: skip
         temperature = 1.0 if body.temperature is None else body.temperature
         generation = Generation(
             prompt=tuple(prompt), max_tokens=max_tokens, temperature=temperature, top_p=body.top_p or 1.0,
             seed=body.seed, stop=tuple(body.stop or ()), top_logprobs=top_logprobs or 0,
-            cache_salt=body.cache_salt or "",
+            scores_prompt=scores_prompt, cache_salt=body.cache_salt or "",
         )  # fmt: skip
         answer = self._service.open(generation, operation=kind)
         reply = Reply(

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 MAX_SEED = 2**63 - 1
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "n": (1,), "best_of": (1,), "suffix": ("",), "frequency_penalty": (0,), "presence_penalty": (0,),
     "logit_bias": ({},), "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False), "functions": ([],), "function_call": ("none", "auto"), "store": (False,),
     "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (),
@@ -55,6 +55,11 @@ def _sendable(text: str) -> str:
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _only_one(value: Any) -> Any:
+    """The prompt of a list that holds one, as evaluation harnesses send it."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list) else value
 
 
 def _whole_characters(text: str) -> str:
@@ -128,10 +133,14 @@ class ChatBody(Sampling):
 
 
 class CompletionBody(Sampling):
-    """`POST /v1/completions`. One prompt a request: a text or token ids."""
+    """`POST /v1/completions`. One prompt a request: a text or token ids, alone or in a list."""
 
-    prompt: SomeText | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    prompt: Annotated[
+        SomeText | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)], BeforeValidator(_only_one)
+    ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    """The answer begins with the prompt and its log-probabilities: how evaluation harnesses score."""
 
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
@@ -174,6 +183,8 @@ def _unsupported(name: str, given: Any) -> str:
 def _possible(body: Sampling) -> None:
     if body.stream_options and not body.stream:
         raise RequestError("'stream_options' needs 'stream': true", param="stream_options")
+    if isinstance(body, CompletionBody) and body.echo and (body.stream or body.logprobs is None):
+        raise RequestError("'echo' needs 'logprobs', and no 'stream'", param="echo")
     if isinstance(body, ChatBody):
         if body.top_logprobs and not body.logprobs:
             raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")

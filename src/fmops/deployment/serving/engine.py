@@ -57,6 +57,8 @@ class Generation:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
+    scores_prompt: bool = False
+    """Also state how likely the prompt's own tokens are."""
     cache_salt: str = ""
     """Requests with another salt share no cached prefix, where an engine caches over requests."""
 
@@ -74,6 +76,8 @@ class Token:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     finish: Literal["stop", "length"] | None = None
+    prompt: tuple[Token, ...] = ()
+    """With the first token, where it was asked for: the prompt's tokens. Nothing predicts the very first one (NaN)."""
 
 
 Emit = Callable[[Token | EngineError], None]

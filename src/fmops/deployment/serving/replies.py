@@ -6,6 +6,7 @@ Refuses: nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -35,8 +36,9 @@ class Reply:
 
     def whole(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """The answer at once."""
-        text = "".join(token.text for token in tokens)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": tokens[-1].finish, "logprobs": self._logprobs(tokens)}
+        shown = [*tokens[0].prompt, *tokens]
+        text = "".join(token.text for token in shown)
+        choice: dict[str, Any] = {"index": 0, "finish_reason": tokens[-1].finish, "logprobs": self._logprobs(shown)}
         if self._kind == "chat":
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -106,7 +108,10 @@ class Reply:
             self._offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self._engine.tokenizer.token_text(i)[0]: v for i, v in token.top} for token in tokens],
+            "token_logprobs": [None if math.isnan(token.logprob) else token.logprob for token in tokens],
+            "top_logprobs": [None if math.isnan(token.logprob) else self._alternatives(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _alternatives(self, token: Token) -> dict[str, float]:
+        return {self._engine.tokenizer.token_text(i)[0]: value for i, value in token.top}
