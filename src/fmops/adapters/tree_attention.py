@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from fmops.adapters.pool_attention import Pool
 from fmops.adapters.prefix_tree import Step
 from fmops.adapters.slot_attention import SlotCache, refuse_unsupported
+from fmops.errors import FmopsError
 
 ATTENTION = "fmops-tree"
 ROWS = 64
@@ -80,6 +81,8 @@ def attend(
     (1, length, heads, head size).
     """
     refuse_unsupported(options)
+    if options.get("sliding_window"):
+        raise FmopsError("this model's attention has a window, which a prefix tree does not compute.")
     if pool is not None:
         # Answers under way, a row each.
         return pool.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
