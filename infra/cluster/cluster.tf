@@ -80,6 +80,7 @@ resource "aws_vpc_security_group_ingress_rule" "api_from_nodes" {
 locals {
   control_plane_calls = {
     "443"   = "Services behind the API aggregation"
+    "8082"  = "Kueue's visibility API; unreachable, it would hold up the removal of every namespace"
     "8443"  = "Admission webhooks"
     "9443"  = "Admission webhooks: KServe, Kueue, Envoy Gateway"
     "10250" = "Kubelets: logs and exec; webhooks of External Secrets and the Prometheus operator"

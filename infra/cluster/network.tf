@@ -14,8 +14,9 @@ resource "aws_subnet" "nodes" {
   availability_zone = each.key
   cidr_block        = cidrsubnet(var.vpc_cidr, 2, each.value)
   tags = {
-    Name                              = "${var.name}-nodes-${each.key}"
-    "kubernetes.io/role/internal-elb" = "1"
+    Name                                = "${var.name}-nodes-${each.key}"
+    "kubernetes.io/role/internal-elb"   = "1"
+    "kubernetes.io/cluster/${var.name}" = "shared"
   }
 }
 

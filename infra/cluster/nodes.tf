@@ -35,7 +35,8 @@ resource "aws_security_group" "nodes" {
   name        = "${var.name}-nodes"
   description = "Nodes and their pods"
   vpc_id      = aws_vpc.this.id
-  tags        = { Name = "${var.name}-nodes" }
+  # By the second tag AWS's load balancer controller knows which group to open for the gateway.
+  tags = { Name = "${var.name}-nodes", "kubernetes.io/cluster/${var.name}" = "owned" }
 }
 
 resource "aws_vpc_security_group_ingress_rule" "nodes_from_nodes" {

@@ -1,3 +1,13 @@
+output "name" {
+  description = "The cluster's name, for `make destroy`."
+  value       = var.name
+}
+
+output "region" {
+  description = "The cluster's region, for `make destroy`."
+  value       = var.region
+}
+
 output "kubeconfig" {
   description = "The command that lets kubectl reach the cluster, from inside the network or an allowed range."
   value       = "aws eks update-kubeconfig --region ${var.region} --name ${aws_eks_cluster.this.name}"

@@ -158,3 +158,71 @@ def test_the_store_test_sees_a_role_that_may_delete():
         done = subprocess.run(command, env=os.environ | aws, capture_output=True, text=True)
     assert done.returncode == 1
     assert "The stages' role may delete artifacts" in done.stderr
+
+
+# What `make` does for a person
+
+
+def crane_in(folder, held):
+    """A registry of text files behind `crane`'s command line: `held` names what is in it."""
+    log = folder / "copied"
+    script = folder / "crane"
+    script.write_text(
+        f'#!/bin/sh\ncase "$1" in\nls) grep "^$2:" {folder}/held | cut -d: -f2;;\n'
+        f'copy) echo "$2 $3" >> {log}; echo "$3" >> {folder}/held;;\ndigest) echo "sha256:of-$2";;\nesac\ntrue\n'
+    )
+    script.chmod(0o755)
+    (folder / "held").write_text("\n".join(held) + "\n")
+    return log
+
+
+def run_images(folder, *arguments):
+    (folder / "cluster.yaml").write_text("cluster: {registry: mine}\n")
+    (folder / "images.yaml").write_text("images: {stages: {}, vllm: {from: 'hub/vllm:v1'}}\n")
+    command = [sys.executable, str(INFRA / "platform/images.py"), "images.yaml", "cluster.yaml", *arguments]
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_images_are_copied_once_and_noted_by_digest(tmp_path):
+    log = crane_in(tmp_path, ["mine/stages:abc"])
+    locks = [run_images(tmp_path, "abc"), run_images(tmp_path, "abc")]
+    assert log.read_text() == "hub/vllm:v1 mine/vllm:v1\n"
+    for done in locks:
+        noted = yaml.safe_load(done.stdout)["images"]
+        assert noted["vllm"] == {"tag": "v1", "digest": "sha256:of-mine/vllm:v1"}
+        assert noted["stages"] == {"tag": "abc", "digest": "sha256:of-mine/stages:abc"}
+
+
+def test_an_image_of_ours_that_was_never_pushed_is_named(tmp_path):
+    crane_in(tmp_path, ["mine/stages:old"])
+    assert "mine/stages:abc is not there. Build and push it first" in run_images(tmp_path, "abc").stderr
+
+
+def test_destroy_refuses_while_nodes_of_karpenter_run(tmp_path):
+    """Terraform would leave them behind, and they would be paid for until somebody looks."""
+    ran = tmp_path / "ran"
+    tools = {
+        "terraform": f'case "$*" in *name) echo fmops;; *region) echo us-east-1;; *) echo "$*" >> {ran};; esac',
+        "aws": 'test "$3 $4" = "--region us-east-1" && cat "$NODES"',
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    nodes = tmp_path / "nodes"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": str(nodes)}
+    command = ["make", "--no-print-directory", "-C", str(INFRA), "destroy"]
+
+    for text, says in (("i-0123", "left behind: i-0123. Run make destroy-platform first"), (None, "No such file")):
+        if text:
+            nodes.write_text(text)
+        else:
+            nodes.unlink()  # AWS does not answer
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert says in done.stderr
+        assert not ran.exists()
+
+    nodes.write_text("")
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert "destroy" in ran.read_text()
