@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fmops.artifacts import Checkpoint, Release
-from fmops.deployment.golden import ask_golden
+from fmops.deployment.golden import answer_of, ask_golden
 from fmops.deployment.release import release
 from fmops.deployment.rollout.checks import before_traffic
 from fmops.deployment.serving.app import build_app
@@ -37,17 +37,16 @@ def made(tiny_model, tmp_path_factory) -> Release:
 
 
 @contextmanager
-def served(folder):
+def served(folder, max_tokens=1024):
     """A way to ask a real engine through its real HTTP application."""
-    engine = load_engine("transformers", folder, max_tokens=1024, threads=1)
+    engine = load_engine("transformers", folder, max_tokens=max_tokens, threads=1)
 
     def ask(path, body):
         async def post():
             app = build_app(Service(engine, version="tiny@0"), name="tiny")
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine") as client:
                 reply = await client.post(path, json=body, timeout=60)
-                reply.raise_for_status()
-                return reply.json()
+                return answer_of(reply.status_code, reply.text)
 
         return asyncio.run(post())
 
@@ -67,6 +66,13 @@ def test_the_release_itself_passes(made):
         assert golden.asked == 11
         assert golden.differ == ()
         assert before_traffic(made, digests(made), ask) == ()
+
+
+def test_a_probe_that_the_spec_allows_no_room_for_is_left_out(made):
+    with served(made.model, max_tokens=256) as ask:
+        golden = ask_golden(made, ask)
+        assert golden.asked == 10
+        assert golden.differ == ()
 
 
 def shuffled_weights(folder):
