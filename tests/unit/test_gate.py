@@ -345,3 +345,23 @@ def test_clustered_gains_count_documents_not_sentences():
     decision = decide(found, alpha=0.05, margins={}, primary=("domain",))
     assert decision.verdict == "need more data"
     assert "2 clusters" in decision.reasons[0]
+
+
+def one_of_twenty(trials: int, loss: float, *, seed: int) -> int:
+    """How often twenty benchmarks of 400 items pass, one of which is worse by `loss`."""
+    rng = random.Random(seed)
+    passed = 0
+    for _ in range(trials):
+        worse = f"b{rng.randrange(20)}"
+        found = evidence(
+            {name: draw(rng, 400, shift=-loss if name == worse else 0.0) for name in (f"b{n}" for n in range(20))}
+        )
+        passed += decide(found, alpha=0.05, margins={}, primary=()).verdict == "promote"
+    return passed
+
+
+def test_one_regressed_benchmark_of_twenty_is_found():
+    # E02: worse by the margin passes at most α of the times, an equal model nearly always.
+    assert at_least(one_of_twenty(120, MARGIN, seed=6), 120) <= 0.05
+    assert one_of_twenty(20, 2 * MARGIN, seed=7) == 0
+    assert one_of_twenty(20, 0.0, seed=8) >= 15

@@ -155,8 +155,9 @@ def compare(pairs: Pairs, *, alpha: float, margin: float, families: int, unit: s
     clustered ones; scores on a scale the clustered ones. Doubts of measurement count against the challenger.
     """
     mean = statistics.clustered_mean(pairs.differences, pairs.clusters)
-    lower = _bounds(pairs, pairs.pessimistic, alpha)[0]
-    upper = _bounds(pairs, pairs.differences, alpha)[1]
+    lower, upper = _bounds(pairs, pairs.differences, alpha)
+    if pairs.fragile or pairs.tolerance:
+        lower = _bounds(pairs, pairs.pessimistic, alpha)[0]
     verdict: Literal["non-inferior", "regressed", "undecided"] = "undecided"
     if lower > -margin:
         verdict = "non-inferior"
