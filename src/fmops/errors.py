@@ -15,6 +15,9 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_REJECTED = 3
 EXIT_NEED_MORE_DATA = 4
+EXIT_MEMORY = 5
+EXIT_TERMINATED = 143
+"""128 + SIGTERM, as a shell says it."""
 
 
 class FmopsError(Exception):
@@ -27,6 +30,18 @@ class StageFailed(FmopsError):
     """A stage process ended without committing its artifact."""
 
     exit_code = EXIT_FAILED
+
+
+class OutOfMemory(StageFailed):
+    """A stage wanted more memory than there is; a smaller micro-batch may fit."""
+
+    exit_code = EXIT_MEMORY
+
+
+class Terminated(StageFailed):
+    """A stage was told to leave (SIGTERM) and did; run again, it goes on."""
+
+    exit_code = EXIT_TERMINATED
 
 
 class IntegrityError(FmopsError):

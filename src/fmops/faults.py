@@ -1,6 +1,7 @@
-"""Named places where a test may kill this process, as a power cut would.
+"""Named places where a test may kill this process, as a power cut would, or stop it.
 
-Enters: FMOPS_FAULT=site:n in the environment. Leaves: nothing; the n-th visit to the site is SIGKILL.
+Enters: FMOPS_FAULT=site:n[:signal] in the environment. Leaves: nothing; the n-th visit to the site is SIGKILL, or that
+signal (SIGTERM, SIGSTOP…).
 Refuses: to do anything when the variable is not set.
 """
 
@@ -18,7 +19,7 @@ def fault_site(name: str) -> None:
     wanted = os.environ.get("FMOPS_FAULT")
     if not wanted:
         return
-    site, _, visit = wanted.partition(":")
+    site, visit, name_of_signal = (*wanted.split(":"), "", "")[:3]
     _visits[name] += 1
     if site == name and _visits[name] == int(visit or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[name_of_signal or "SIGKILL"])

@@ -80,6 +80,8 @@ class StageContext:
     """Processes that share an evaluation, of `threads` threads each (runtime, no identity)."""
     precision: str = "float32"
     """`auto`, `float32` or `bfloat16`: training arithmetic (runtime, no identity)."""
+    micro_batch_parts: int = 1
+    """Training cuts each micro-batch into so many; raised after the memory ran out. The global batch stays."""
     cost: dict[str, float] = field(default_factory=dict)
     """Figures of this attempt that differ from run to run (tokens/s); they go into the record's cost, never into an
     artifact."""

@@ -5,7 +5,6 @@ Whatever happens, the weights in the end equal those of an uninterrupted run bit
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -18,52 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import training_run
+from training_run import digests, train
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-
-from training_inputs import a_checkpoint, a_corpus, some_conversations, some_preferences  # noqa: E402
-
-from fmops.adapters import resume  # noqa: E402
-from fmops.artifacts import Checkpoint  # noqa: E402
-from fmops.errors import StageFailed  # noqa: E402
-from fmops.lifecycle import Align, Instruct, Pretrain  # noqa: E402
-from fmops.stage import StageContext  # noqa: E402
+from fmops.adapters import resume
+from fmops.errors import StageFailed
 
 STAGES = ("pretrain", "instruct", "align")
-
-
-def train(stage: str, inputs: Path, out: Path, stream: io.StringIO) -> Checkpoint:
-    """Run one training stage as the stage process does."""
-    from fmops.finetuning.align import align
-    from fmops.finetuning.instruct import instruct
-    from fmops.pretraining.pretrain import pretrain
-
-    model = inputs / "model"
-    out.mkdir(parents=True, exist_ok=True)
-    common = {
-        "checkpoint": a_checkpoint(inputs / "base", model),
-        "out": out,
-        "context": StageContext(seed=7, stream=stream),
-    }
-    if stage == "pretrain":
-        # A generous ceiling: every measured step's weights are kept, and must come back too.
-        config = Pretrain(tokens=900, batch_tokens=128, learning_rate=1e-3, checkpoints=3, old_domain_ceiling=9.0)
-        return pretrain(config, corpus=a_corpus(inputs / "corpus", model), **common)
-    if stage == "instruct":
-        tuning = Instruct(batch_tokens=150, block_tokens=150, learning_rate=1e-3, checkpoints=3)
-        return instruct(tuning, conversations=some_conversations(inputs / "talk"), **common)
-    return align(
-        Align(batch_pairs=4, learning_rate=1e-3, checkpoints=3),
-        preferences=some_preferences(inputs / "pairs"),
-        **common,
-    )
-
-
-def digests(out: Path) -> dict[str, str]:
-    """Of everything that the stage process would commit."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file() and ".work" not in path.parts)
-    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +58,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(stage: str, inputs: Path, out: Path, fault: str) -> None:
     """Train in a process of its own, which is killed at a fault site."""
     ended = subprocess.run(
-        [sys.executable, __file__, stage, str(inputs), str(out)],
+        [sys.executable, training_run.__file__, stage, str(inputs), str(out)],
         env={**os.environ, "FMOPS_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
@@ -189,7 +149,3 @@ def test_a_full_disk_is_said_and_leaves_earlier_states_whole(inputs, uninterrupt
     assert newest(out) == before
     train("pretrain", inputs, out, io.StringIO())
     assert digests(out) == uninterrupted("pretrain")
-
-
-if __name__ == "__main__":
-    train(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), io.StringIO())

@@ -1,7 +1,7 @@
 """What all our trainers share: arguments, a watch over every step, resume states that can be trusted.
 
 Enters: a training plan and a Transformers or TRL trainer class. Leaves: a trained model, its curve, its resume states.
-Refuses: to apply a step whose loss or gradient is not finite, and to go on when a resume state cannot be written.
+Refuses: to apply a step that went wrong, to save weights that are not finite, to go on without resume states.
 """
 
 from __future__ import annotations
@@ -9,32 +9,42 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from fmops.adapters import resume
 from fmops.adapters.model_files import quiet
 from fmops.adapters.packing import Plan
-from fmops.errors import StageFailed
+from fmops.adapters.training_faults import (
+    cut_micro_batch,
+    fault_of,
+    memory_explained,
+    on_sigterm,
+    refuse_not_finite,
+    written_or_explained,
+)
+from fmops.errors import StageFailed, Terminated
 from fmops.faults import fault_site
 from fmops.stage import StageContext
 
 STATE = "fmops.json"
 """Our part of a resume state: the curve so far, and which weights were kept."""
 KEPT_WEIGHTS = "kept.safetensors"
+QUARANTINE = "quarantine.jsonl"
+"""Steps that were not applied, in the artifact: step, why, what it read."""
 Keep = Callable[[dict[str, float], dict[str, float]], bool]
 """Whether weights may be kept, by the curve's first row and their own."""
 FLOOR = 0.1
 """Share of the peak rate at which a run ends, so that the next round can warm up from a model that still moves."""
+IN_A_ROW = 3
+"""Steps that go wrong one after the other until the weights themselves are suspected."""
+LEFT_OUT = "left out by a rollback"
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     curve: list[dict[str, float]] = field(default_factory=list)
     kept_step: int | None = None
     stopped: bool = False
+    leaving: bool = False
+    quarantined: dict[int, str] = field(default_factory=dict)
+    """Steps that were not applied, and why."""
+    left_out: frozenset[int] = frozenset()
+    """Steps that a rollback takes out of the rest of the run."""
     _losses: list[float] = field(default_factory=list)
     _kept: dict[str, torch.Tensor] = field(default_factory=dict)
     _started: tuple[float, int] = (0.0, 0)
@@ -126,15 +141,38 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._keep_weights(model, 0)
         self._started = (self.context.clock(), self._tokens(state.global_step))
 
-    def on_micro_batch(self, loss: float, *, step: int) -> None:
+    def __post_init__(self) -> None:
+        self.sealer = resume.Sealer(report=self.context.note)
+
+    def leave(self) -> None:
+        """After the step at hand, write a resume state and end."""
+        self.leaving = True
+
+    def on_micro_batch(self, loss: float) -> None:
         """Called by the trainer with each micro-batch's share of the step's loss."""
-        if not math.isfinite(loss):
-            raise _not_finite("loss", loss, step=step, plan=self.plan)
         self._losses.append(loss)
+
+    def may_apply(self, step: int, *, gradient_norm: float) -> bool:
+        """Whether the optimizer may step; if not, the step is quarantined and said."""
+        if step in self.left_out:
+            self.quarantined[step] = LEFT_OUT
+            return False
+        loss = math.fsum(self._losses) if all(map(math.isfinite, self._losses)) else self._first_not_finite()
+        why = fault_of(loss, gradient_norm, applied=[row["loss"] for row in self.curve if "loss" in row])
+        if why is None:
+            return True
+        self.quarantined[step] = why
+        blocks = ", ".join(map(str, self.plan.blocks_of(step)))
+        self.context.note(f"the {why} at step {step}: not applied, {self.plan.item} {blocks} quarantined")
+        return False
+
+    def _first_not_finite(self) -> float:
+        return next(loss for loss in self._losses if not math.isfinite(loss))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step, tokens = state.global_step, self._tokens(state.global_step)
-        row: dict[str, float] = {"step": step, "tokens": tokens, "loss": math.fsum(self._losses)}
+        row: dict[str, float] = {"step": step, "tokens": tokens}
+        row |= {"quarantined": 1.0} if step in self.quarantined else {"loss": math.fsum(self._losses)}
         self._losses.clear()
         if step in self.evaluate_at:
             row |= self.evaluate(model)
@@ -145,24 +183,50 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.curve.append(row)
         speed = (tokens - self._started[1]) / max(1e-9, self.context.clock() - self._started[0])
         self.context.metrics(step, **{key: value for key, value in row.items() if key != "step"})
-        self.context.progress(tokens, self.plan.tokens, unit="tokens", loss=row["loss"], tokens_per_s=speed)
-        control.should_save = step in self.save_at and not self.stopped
+        shown = {"loss": row["loss"]} if "loss" in row else {}
+        self.context.progress(tokens, self.plan.tokens, unit="tokens", tokens_per_s=speed, **shown)
         fault_site("step")
+        if self._went_wrong() >= IN_A_ROW:
+            raise GoBack(step)
+        leave = self.leaving and step < self.plan.steps
+        # What follows a step that went wrong may be wrong itself: such weights are nothing to go back to.
+        control.should_save = (step in self.save_at or leave) and not self.stopped and not self._went_wrong()
+        control.should_training_stop = control.should_training_stop or leave
+
+    def _went_wrong(self) -> int:
+        """Newest steps that went wrong one after the other."""
+        count = 0
+        for row in reversed(self.curve):
+            if self.quarantined.get(int(row["step"]), LEFT_OUT) == LEFT_OUT:
+                break
+            count += 1
+        return count
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with _written_or_explained(folder):
+        with written_or_explained(folder):
             if self._kept and self.kept_step not in (0, state.global_step):
                 save_file(self._kept, folder / KEPT_WEIGHTS)
-            (folder / STATE).write_text(json.dumps({"curve": self.curve, "kept_step": self.kept_step}))
-            resume.seal(folder)
-        resume.prune(folder.parent)
+            mine: dict[str, Any] = {"curve": self.curve, "kept_step": self.kept_step, "quarantined": self.quarantined}
+            mine |= {"left_out": sorted(self.left_out)}
+            (folder / STATE).write_text(json.dumps(mine))
+        self.sealer.seal(folder, planned=self.save_at)
+
+    def wait_for_disk(self) -> None:
+        """Return once the last resume state is on disk, or say why it cannot be."""
+        folder = self.sealer.pending
+        if folder is not None:
+            with written_or_explained(folder):
+                self.sealer.wait()
 
     def restore(self, checkpoint: Path, model: Any) -> None:
         """Take over the curve and the kept weights of a resume state. `model` still has the weights it began with."""
         state = json.loads((checkpoint / STATE).read_text())
         self.curve = state["curve"]
         self.kept_step = state["kept_step"]
+        self.quarantined = {int(step): why for step, why in state["quarantined"].items()}
+        self.left_out |= frozenset(state["left_out"])
+        self._losses.clear()
         if self.keep is None:
             return
         if (checkpoint / KEPT_WEIGHTS).is_file():
@@ -194,28 +258,41 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return self.plan.tokens_after[step - 1] if step else 0
 
 
+class GoBack(Exception):
+    """Several steps went wrong one after the other; not an error yet."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
 class Guarded:
-    """Mixed into a trainer class: no step that is not finite is applied, no half-written resume state is trusted."""
+    """Mixed into a trainer class: no step that went wrong is applied, no half-written resume state is trusted."""
 
     watch: Watch
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        # The optimizer has not stepped yet: an error here leaves the weights as they were.
-        self.watch.on_micro_batch(float(loss), step=self.state.global_step + 1)  # type: ignore[attr-defined]
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step + 1 in self.watch.left_out:  # type: ignore[attr-defined]
+            return torch.zeros((), device=self.args.device)  # type: ignore[attr-defined]
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self.watch.on_micro_batch(float(loss))
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        if norm is not None and not math.isfinite(float(norm)):
-            step = self.state.global_step + 1  # type: ignore[attr-defined]
-            raise _not_finite("gradient norm", float(norm), step=step, plan=self.watch.plan)
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        if not self.watch.may_apply(step, gradient_norm=float(norm)):
+            # Without gradients the optimizer leaves weights, moments and its own step count alone.
+            model.zero_grad(set_to_none=True)
+            return torch.zeros_like(torch.as_tensor(norm))
         return norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         fault_site("checkpoint-begin")
+        self.watch.wait_for_disk()
+        refuse_not_finite(self.model)  # type: ignore[attr-defined]
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
-        with _written_or_explained(folder):
+        with written_or_explained(folder):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         fault_site("checkpoint-written")
 
@@ -231,7 +308,7 @@ class Guarded:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.watch.restore(Path(resume_from_checkpoint), self.model)  # type: ignore[attr-defined]
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        step = int(Path(resume_from_checkpoint).name.removeprefix("checkpoint-"))
+        step = resume.step_of(Path(resume_from_checkpoint))
         self.watch.after_resume(self.model, step)  # type: ignore[attr-defined]
 
 
@@ -245,43 +322,74 @@ def prepare(context: StageContext) -> None:
 
 
 def run(trainer: Any, watch: Watch, *, work: Path) -> None:
-    """Train to the end of the plan, from the newest good resume state under `work`."""
+    """Train to the end of the plan, from the newest good resume state under `work`.
+
+    Steps that were not applied are listed in `quarantine.jsonl` beside `work`.
+
+    Raises:
+        OutOfMemory: a smaller micro-batch may fit. Terminated: by SIGTERM, with a resume state.
+        StageFailed: training diverges, or a resume state cannot be written.
+    """
     trainer.watch = watch
     # It prints every log line to standard output, which belongs to the stage's reports.
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
+    cut_micro_batch(trainer, parts=watch.context.micro_batch_parts)
     checkpoint = resume.newest_good(work, report=watch.context.note)
     if checkpoint is not None:
         watch.context.note(f"going on from {checkpoint.name.replace('-', ' ')}")
-    set_seed(watch.context.seed)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with on_sigterm(watch.leave), memory_explained(trainer):
+        _train(trainer, watch, checkpoint, work=work)
+    watch.wait_for_disk()
+    if watch.leaving and trainer.state.global_step < watch.plan.steps and not watch.stopped:
+        step = trainer.state.global_step
+        raise Terminated(
+            f"told to leave (SIGTERM) after step {step} of {watch.plan.steps}. Run again to go on from there."
+        )
     watch.context.cost["tokens_per_s"] = watch.tokens_per_s(trainer.state.global_step)
     if watch.stopped:
         watch.put_back(trainer.model)
+    refuse_not_finite(trainer.model)
+    _write_quarantine(work.parent / QUARANTINE, watch)
+
+
+def _train(trainer: Any, watch: Watch, checkpoint: Path | None, *, work: Path) -> None:
+    """Train; when the weights are suspected, go back to the last planned resume state and leave out what followed."""
+    went_back_to = None
+    while True:
+        set_seed(watch.context.seed)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return
+        except GoBack as wrong:
+            watch.wait_for_disk()
+            checkpoint = resume.newest_good(work, report=watch.context.note, planned=watch.save_at)
+            reasons = "; ".join(
+                sorted({watch.quarantined[step] for step in range(wrong.step - IN_A_ROW + 1, wrong.step + 1)})
+            )
+            if checkpoint is None or checkpoint == went_back_to:
+                again = "again after going back" if checkpoint else "and there is no resume state to go back to"
+                raise StageFailed(
+                    f"{IN_A_ROW} steps in a row went wrong up to step {wrong.step} ({reasons}), {again}. "
+                    "Lower the learning rate, or look into the quarantined examples in the notes above."
+                ) from None
+            went_back_to, start = checkpoint, resume.step_of(checkpoint)
+            watch.left_out |= frozenset(range(start + 1, wrong.step + 1))
+            watch.context.note(
+                f"{IN_A_ROW} steps in a row went wrong ({reasons}): back to step {start}; "
+                f"steps {start + 1} to {wrong.step} are left out"
+            )
+
+
+def _write_quarantine(path: Path, watch: Watch) -> None:
+    path.unlink(missing_ok=True)
+    if watch.quarantined:
+        rows = [
+            {"step": step, "why": why, "item": watch.plan.item, "blocks": watch.plan.blocks_of(step)}
+            for step, why in sorted(watch.quarantined.items())
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _trainable(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _not_finite(what: str, value: float, *, step: int, plan: Plan) -> StageFailed:
-    blocks = ", ".join(map(str, plan.blocks_of(step)))
-    return StageFailed(
-        f"the {what} of step {step} is {value} ({plan.item} {blocks}). The step is not applied and training "
-        "stops. Look into those, or lower the learning rate; resume states from before are intact."
-    )
-
-
-@contextmanager
-def _written_or_explained(checkpoint: Path) -> Iterator[None]:
-    """Turn a failed write into an error that says how much room there is; the torn folder is removed, to make some."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        status = os.statvfs(checkpoint.parent)
-        free_mb = status.f_bavail * status.f_frsize / 1e6
-        raise StageFailed(
-            f"the resume state {checkpoint.name} could not be written: {str(error).splitlines()[0]} ({free_mb:.0f} MB "
-            "are free). Earlier ones are intact. Make room and run again: training goes on from the newest."
-        ) from error

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from fmops.artifacts import Artifact, Source
 from fmops.environment import describe_environment
-from fmops.errors import DISK_FULL, EXIT_FAILED, FmopsError, disk_is_full
+from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
@@ -27,6 +27,8 @@ from fmops.stage import StageContext
 from fmops.store import Record, content_digest, discard_work, file_entries, utc_now
 
 PARENT = "FMOPS_PARENT_PID"
+MICRO_BATCH_PARTS = "FMOPS_MICRO_BATCH_PARTS"
+"""Set by the launcher after the memory ran out."""
 
 
 def execute(project: Project, name: str, *, fingerprint: str | None, stream: TextIO) -> Record:
@@ -56,6 +58,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             threads=project.threads,
             processes=project.spec.runtime.processes,
             precision=project.spec.runtime.precision,
+            micro_batch_parts=int(os.environ.get(MICRO_BATCH_PARTS, "1")),
             stream=stream,
         )
         started, cpu = time.monotonic(), _cpu_seconds()
@@ -87,7 +90,7 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
         return _report_failure(stream, str(error), error.exit_code)
     except MemoryError:
         return _report_failure(
-            stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_FAILED
+            stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_MEMORY
         )
     except Exception as error:
         if not disk_is_full(error):

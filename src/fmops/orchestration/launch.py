@@ -1,7 +1,7 @@
-"""Launching a stage on this machine, in a process of its own.
+"""Launching a stage on this machine, in a process of its own, again where that helps.
 
 Enters: a project, a node and its fingerprint. Leaves: the committed record, and every report on the way.
-Refuses: to call a stage done whose record is not there.
+Refuses: to call a stage done whose record is not there; to start again what would only fail again.
 """
 
 from __future__ import annotations
@@ -11,22 +11,50 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmops.errors import StageFailed
-from fmops.orchestration.execute import PARENT
+from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, StageFailed
+from fmops.orchestration.execute import MICRO_BATCH_PARTS, PARENT
 from fmops.orchestration.project import Project
+from fmops.orchestration.watchdog import IDLE_S, Pulse, killed_when_idle, memory_kills
 from fmops.store import Record
 
 Event = dict[str, Any]
+RESTARTS = 3
+"""Times that a stage is started again after it hung or ran out of memory."""
+TRAINING = ("pretrain", "instruct", "align")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one attempt ended."""
+
+    code: int
+    failure: Event | None
+    hung: bool
+    """The watchdog killed it."""
+    starved: bool
+    """The kernel killed it, or it said so itself, for want of memory."""
 
 
 def launch_local(
-    project: Project, name: str, *, fingerprint: str, log: Path, on_event: Callable[[Event], None]
+    project: Project,
+    name: str,
+    *,
+    fingerprint: str,
+    log: Path,
+    on_event: Callable[[Event], None],
+    idle_s: float = IDLE_S,
 ) -> Record:
     """Run `fmops stage` for one node and follow it.
+
+    A stage that shows no life for `idle_s` seconds is killed and started again; it goes on from its resume state. So is
+    a training stage that ran out of memory, with smaller micro-batches. SIGTERM to this process reaches the stage.
 
     Raises:
         StageFailed: with the stage's own error, or how its process ended and where its log lies.
@@ -36,33 +64,87 @@ def launch_local(
         sys.executable, "-m", "fmops", "stage", name,
         "--spec", str(project.spec_path), "--workspace", str(project.store.root), "--fingerprint", fingerprint,
     ]  # fmt: skip
-    failure: Event | None = None
     log.parent.mkdir(parents=True, exist_ok=True)
+    environment = _environment(project.threads)
+    parts = 1
+    for attempt in range(RESTARTS + 1):
+        ended = _attempt(command, environment=environment, log=log, on_event=on_event, idle_s=idle_s)
+        smaller = ended.starved and stage in TRAINING
+        if attempt == RESTARTS or not (ended.hung or smaller):
+            break
+        if smaller:
+            parts *= 2
+            environment[MICRO_BATCH_PARTS] = str(parts)
+            why = f"out of memory; starting again with micro-batches cut into {parts}, the global batch stays"
+        else:
+            why = f"no sign of life for {idle_s:g} s; killed, and started again from its newest resume state"
+        on_event({"event": "note", "text": why})
+    record = None if ended.failure else project.store.find(stage, fingerprint)
+    if ended.failure or ended.code or record is None:
+        raise _failed(name, ended, log=log, idle_s=idle_s)
+    return record
+
+
+def _attempt(
+    command: list[str], *, environment: dict[str, str], log: Path, on_event: Callable[[Event], None], idle_s: float
+) -> Ending:
+    """Start the process, pass its events on, wait for its end."""
+    failure: Event | None = None
+    kills = memory_kills()
     with (
         log.open("ab") as errors,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(project.threads)
-        ) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
+        _sigterm_passed_on(process),
     ):
         assert process.stdout is not None
+        pulse = Pulse(process.pid)
         try:
-            for line in process.stdout:
-                event: Event = json.loads(line)
-                if event["event"] == "failed":
-                    failure = event
-                elif event["event"] != "finished":
-                    on_event(event)
+            with killed_when_idle(process, pulse, idle_s=idle_s) as hung:
+                for line in process.stdout:
+                    pulse.beat()
+                    event: Event = json.loads(line)
+                    if event["event"] == "failed":
+                        failure = event
+                    elif event["event"] != "finished":
+                        on_event(event)
         except BaseException:
             process.kill()
             raise
-    if failure:
-        error = StageFailed(f"{name}: {failure['error']}")
-        error.exit_code = int(failure["code"])
-        raise error
-    record = project.store.find(stage, fingerprint)
-    if process.returncode or record is None:
-        raise StageFailed(f"{name}: {_ending(process.returncode)} Its log: {log}{_tail(log)}")
-    return record
+    code = process.returncode
+    starved = failure["code"] == EXIT_MEMORY if failure else code == -signal.SIGKILL and memory_kills() > kills
+    return Ending(code, failure, hung.is_set(), starved and not hung.is_set())
+
+
+@contextmanager
+def _sigterm_passed_on(process: subprocess.Popen[str]) -> Iterator[None]:
+    """While the stage runs, SIGTERM is its business: training writes a resume state before it ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _failed(name: str, ended: Ending, *, log: Path, idle_s: float) -> StageFailed:
+    if ended.failure:
+        error = StageFailed(f"{name}: {ended.failure['error']}")
+        error.exit_code = int(ended.failure["code"])
+        return error
+    if ended.hung:
+        text = f"its process showed no sign of life for {idle_s:g} s, {RESTARTS + 1} times."
+    elif ended.starved:
+        text = "its process was killed for want of memory. Free some, or lower batch_tokens and block_tokens."
+    else:
+        text = _ending(ended.code)
+    error = StageFailed(f"{name}: {text} Its log: {log}{_tail(log)}")
+    if ended.code == -signal.SIGTERM:
+        error.exit_code = EXIT_TERMINATED
+    elif ended.starved:
+        error.exit_code = EXIT_MEMORY
+    return error
 
 
 def _environment(threads: int) -> dict[str, str]:

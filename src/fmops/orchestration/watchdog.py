@@ -1,0 +1,96 @@
+"""Whether a stage process still lives, seen from outside: a stopped or dead-locked one cannot say so itself.
+
+Enters: a process id. Leaves: seconds without a sign of life; whether the kernel killed something for want of memory.
+Refuses: to judge by wall time alone: a stage that computes, in itself or in a child, lives.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+IDLE_S = 300.0
+"""Without an event and without processor time for so long, a stage hangs. A slow disk or download stalls for less."""
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+BREATH_S = 0.05
+"""Processor time between two looks that counts as life; an idle interpreter's threads use less."""
+_MEMORY_EVENTS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
+
+
+@dataclass
+class Pulse:
+    """When a process last showed life: an event, or processor time of its own or of its children."""
+
+    pid: int
+    clock: Callable[[], float] = time.monotonic
+    cpu_seconds: Callable[[int], float] = field(default=lambda pid: cpu_seconds(pid))
+    _last: float = field(init=False)
+    _used: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self._last = self.clock()
+
+    def beat(self) -> None:
+        """It has said something."""
+        self._last = self.clock()
+
+    def idle_s(self) -> float:
+        """Seconds since it last showed life, as of now."""
+        used = self.cpu_seconds(self.pid)
+        if abs(used - self._used) >= BREATH_S:
+            self.beat()
+        self._used = used
+        return self.clock() - self._last
+
+
+@contextmanager
+def killed_when_idle(process: subprocess.Popen[str], pulse: Pulse, *, idle_s: float) -> Iterator[threading.Event]:
+    """Kill `process` once it has been idle for `idle_s` seconds; the event that is yielded tells that it was."""
+    hung, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(min(5.0, idle_s / 4)):
+            if pulse.idle_s() >= idle_s and process.poll() is None:
+                hung.set()
+                process.kill()
+                return
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield hung
+    finally:
+        done.set()
+        thread.join()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and its living descendants; 0 where the system does not say."""
+    total, todo = 0.0, [pid]
+    while todo:
+        one = todo.pop()
+        try:
+            # After the command in parentheses, which may hold spaces: state, then utime and stime at 12 and 13.
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+            for task in Path(f"/proc/{one}/task").iterdir():
+                todo += map(int, (task / "children").read_text().split())
+        except (OSError, IndexError):
+            # It ended between two looks, or this system has no /proc.
+            continue
+    return total
+
+
+def memory_kills() -> int:
+    """How many processes the kernel has killed for want of memory, here or in this container."""
+    found = 0
+    for path in _MEMORY_EVENTS:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        found += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return found

@@ -1,0 +1,60 @@
+"""One small training stage, run as the stage process runs it; also as a process of its own that tests may kill.
+
+Enters: a stage's name, a folder with `model`, an output folder. Leaves: the stage's artifact.
+Refuses: nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from training_inputs import a_checkpoint, a_corpus, some_conversations, some_preferences
+
+from fmops.artifacts import Checkpoint
+from fmops.errors import FmopsError
+from fmops.lifecycle import Align, Instruct, Pretrain
+from fmops.stage import StageContext
+
+
+def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1) -> Checkpoint:
+    """Run one training stage as the stage process does."""
+    from fmops.finetuning.align import align
+    from fmops.finetuning.instruct import instruct
+    from fmops.pretraining.pretrain import pretrain
+
+    model = inputs / "model"
+    out.mkdir(parents=True, exist_ok=True)
+    common = {
+        "checkpoint": a_checkpoint(inputs / "base", model),
+        "out": out,
+        "context": StageContext(seed=7, stream=stream, micro_batch_parts=parts),
+    }
+    if stage == "pretrain":
+        # A generous ceiling: every measured step's weights are kept, and must come back too.
+        config = Pretrain(tokens=900, batch_tokens=128, learning_rate=1e-3, checkpoints=3, old_domain_ceiling=9.0)
+        return pretrain(config, corpus=a_corpus(inputs / "corpus", model), **common)
+    if stage == "instruct":
+        tuning = Instruct(batch_tokens=150, block_tokens=150, learning_rate=1e-3, checkpoints=3)
+        return instruct(tuning, conversations=some_conversations(inputs / "talk"), **common)
+    return align(
+        Align(batch_pairs=4, learning_rate=1e-3, checkpoints=3),
+        preferences=some_preferences(inputs / "pairs"),
+        **common,
+    )
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of everything that the stage process would commit."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and ".work" not in path.parts)
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+if __name__ == "__main__":
+    try:
+        train(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.stdout)
+    except FmopsError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
