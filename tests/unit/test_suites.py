@@ -153,6 +153,12 @@ def test_equal_inputs_give_equal_bytes_and_a_limit_chooses_a_subset(prepare, tmp
     assert (tmp_path / "a" / "tasks.json").read_bytes() == (tmp_path / "b" / "tasks.json").read_bytes()
 
 
+def test_a_task_of_long_items_takes_its_share_of_the_limit(prepare):
+    assert prepare(limit=20, suite=QUIZ.replace("form: lettered", "form: lettered\n    share: 0.25")).items == {
+        "sums": 5
+    }
+
+
 def test_half_written_items_of_a_killed_attempt_are_replaced(prepare, tmp_path):
     (tmp_path / "out" / "items").mkdir(parents=True)
     (tmp_path / "out" / "items" / "stale.jsonl").write_text("{")

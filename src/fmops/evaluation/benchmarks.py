@@ -12,7 +12,7 @@ from pathlib import Path
 from fmops.artifacts import Benchmarks, Source
 from fmops.errors import FmopsError
 from fmops.evaluation.checks import require_checks
-from fmops.evaluation.items import choose, read_items
+from fmops.evaluation.items import choose, most, read_items
 from fmops.evaluation.protocol import pin, write_json, write_lines
 from fmops.evaluation.suites import Suite, check_together, is_path, items_input, load_suite, read_suite
 from fmops.jobs import BenchmarksJob
@@ -43,7 +43,9 @@ def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContex
                 source = sources.get(items_input(name))
                 if source is None and task.items is None:
                     raise FmopsError(f"task {name}: its items did not arrive as the input {items_input(name)}.")
-                documents = choose(read_items(name, task, source), config.limit, seed=context.seed, name=name)
+                documents = choose(
+                    read_items(name, task, source), most(task.share, config.limit), seed=context.seed, name=name
+                )
                 if "followed" in task.metrics:
                     for document in documents:
                         require_checks(document.get("checks"), f"task {name}, item {document['id']}")

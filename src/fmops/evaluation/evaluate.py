@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus, EvalReport, Metric
 from fmops.errors import FmopsError
 from fmops.evaluation.cloze import make_questions
-from fmops.evaluation.items import choose
+from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.scoring import helpers, score
@@ -122,7 +122,7 @@ def _tasks(
                     "Delete the benchmarks artifact and run again."
                 )
             if config.rotation is not None:
-                documents = choose(documents, config.limit, seed=lot, name=task.task)
+                documents = choose(documents, most(task.share, config.limit), seed=lot, name=task.task)
         else:
             documents = choose(_held_out(task, corpus), config.limit, seed=lot, name=task.task)
         tasks.append((task.model_copy(update={"items": len(documents)}), documents))

@@ -68,6 +68,11 @@ def choose(documents: list[dict[str, Any]], limit: int | None, *, seed: int | st
     return [documents[index] for index in sorted(order[:limit])]
 
 
+def most(share: float, limit: int | None) -> int | None:
+    """How many items a limit allows a task that takes this share of it."""
+    return None if limit is None else max(2, round(share * limit))
+
+
 def _rows(task: SuiteTask, source: Source | None) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, row in enumerate(task.items or (), start=1):
         yield f"item {number} of the suite", row

@@ -31,6 +31,7 @@ class PinnedTask(Frozen):
     corpus: str | None
     characters: int | None
     form: str = "rows"
+    share: float = 1.0
     items: int
     licence: str
     config: TaskConfig
@@ -84,6 +85,7 @@ def pin(suite: Suite, name: str, *, items: int) -> PinnedTask:
         corpus=task.corpus,
         characters=task.characters if task.corpus else None,
         form=task.form,
+        share=task.share,
         items=items,
         licence=task.licence,
         config=task.config,

@@ -62,6 +62,9 @@ class SuiteTask(Frozen):
     half: Literal["odd"] | None = Field(
         None, description="Keep items whose key's SHA-256 is odd; even ones may be trained on."
     )
+    share: float = Field(
+        1.0, gt=0, le=1, description="Of a limit on items; a task of long items takes less. Two items are the least."
+    )
     chat: bool = Field(False, description="Ask through the model's chat template.")
     metrics: tuple[str, ...] = Field(min_length=1, description="The first one is what the gate compares.")
     config: TaskConfig

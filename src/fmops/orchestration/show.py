@@ -64,6 +64,7 @@ def minimum_detectable(project: Project, pinned: Record | None, *, alpha: float)
         pinned: the benchmarks artifact; before it is made the spec's limit stands for the number of items.
         alpha: the level of the coming round.
     """
+    from fmops.evaluation.items import most
     from fmops.evaluation.statistics import minimum_detectable as detectable
     from fmops.evaluation.suites import load_suite
 
@@ -74,11 +75,11 @@ def minimum_detectable(project: Project, pinned: Record | None, *, alpha: float)
     families = len({suite.family for suite in suites})
     lines = []
     for suite in suites:
-        tasks = [name for name, task in suite.tasks.items() if task.corpus is None]
-        most = spec.evaluate.limit
-        counts = [pinned.artifact["items"][name] if pinned else most for name in tasks]
-        if spec.evaluate.rotate and most:
-            counts = [min(count or most, most) for count in counts]
+        counts = []
+        for name, task in suite.tasks.items():
+            if task.corpus is None:
+                asked = [most(task.share, spec.evaluate.limit), pinned.artifact["items"][name] if pinned else None]
+                counts.append(min((count for count in asked if count), default=None))
         n = sum(count or 0 for count in counts)
         if not n or None in counts:
             continue
@@ -130,7 +131,9 @@ def render_status(project: Project) -> str:
     rows = []
     for name in project.graph.nodes:
         mine = [event for event in events if event["node"] == name]
-        state = next((e["event"] for e in reversed(mine) if e["event"] in _STATES), "not reached")
+        planned = next((e["state"] for e in mine if e["event"] == "planned"), "")
+        unknown_yet = "cached" if planned == "cached" else "not reached"
+        state = next((e["event"] for e in reversed(mine) if e["event"] in _STATES), unknown_yet)
         shown = next((e for e in reversed(mine) if e["event"] == "progress"), None)
         detail = next((e["summary"] for e in reversed(mine) if e["event"] == "finished"), "")
         if state == "started" and shown:
