@@ -199,8 +199,8 @@ def test_an_image_of_ours_that_was_never_pushed_is_named(tmp_path):
     assert "mine/stages:abc is not there. Build and push it first" in run_images(tmp_path, "abc").stderr
 
 
-def test_destroy_refuses_while_nodes_of_karpenter_run(tmp_path):
-    """Terraform would leave them behind, and they would be paid for until somebody looks."""
+def test_destroy_refuses_while_data_is_kept_or_nodes_run(tmp_path):
+    """Terraform would leave Karpenter's nodes behind, and they would be paid for until somebody looks."""
     ran = tmp_path / "ran"
     tools = {
         "terraform": f'case "$*" in *name) echo fmops;; *region) echo us-east-1;; *) echo "$*" >> {ran};; esac',
@@ -211,8 +211,12 @@ def test_destroy_refuses_while_nodes_of_karpenter_run(tmp_path):
         (tmp_path / name).chmod(0o755)
     nodes = tmp_path / "nodes"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": str(nodes)}
-    command = ["make", "--no-print-directory", "-C", str(INFRA), "destroy"]
+    variables = tmp_path / "terraform.tfvars"
+    command = ["make", "--no-print-directory", "-C", str(INFRA), "destroy", f"TFVARS={variables}"]
 
+    variables.write_text("keep_data = true\n")
+    assert "Data is kept: say keep_data = false" in subprocess.run(command, capture_output=True, text=True).stderr
+    variables.write_text("keep_data = false\n")
     for text, says in (("i-0123", "left behind: i-0123. Run make destroy-platform first"), (None, "No such file")):
         if text:
             nodes.write_text(text)

@@ -195,6 +195,27 @@ def test_every_application_lands_in_a_namespace_that_is_made_and_waits_for_its_r
             assert manifest["metadata"]["finalizers"] == ["resources-finalizer.argocd.argoproj.io"]
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_project_allows_what_the_applications_bring(profile):
+    project = find("AppProject", profile=profile)["spec"]
+    allowed = {place["namespace"] for place in project["destinations"]}
+    repos = set(project["sourceRepos"])
+    for manifest in manifests(profile):
+        if manifest["kind"] == "Application":
+            assert manifest["spec"]["source"]["repoURL"] in repos
+        elif manifest["kind"] != "AppProject":
+            assert manifest["metadata"].get("namespace", "argocd") in allowed, manifest["metadata"]
+
+
+def test_argo_cd_does_not_remove_itself_with_the_platform():
+    for manifest in manifests("cpu"):
+        if manifest["kind"] == "Namespace":
+            kept = "Delete=false" in manifest["metadata"].get("annotations", {}).get(
+                "argocd.argoproj.io/sync-options", ""
+            )
+            assert kept == (manifest["metadata"]["name"] == "argocd")
+
+
 def test_accelerators_come_with_their_profile_alone():
     apps = {p: {m["metadata"]["name"] for m in manifests(p) if m["kind"] == "Application"} for p in PROFILES}
     assert {"nvidia-device-plugin", "dcgm-exporter"} <= apps["gpu"] - apps["neuron"] - apps["cpu"]
