@@ -37,7 +37,7 @@ class Trace(Frozen):
     )
     operation: Literal["chat", "text_completion"]
     status: int = Field(description="HTTP status; 499 when the client left.")
-    finish_reason: str | None = Field(description="stop, length, cancelled, error.")
+    finish_reason: str | None = Field(None, description="stop, length, cancelled, error.")
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0

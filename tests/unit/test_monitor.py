@@ -221,3 +221,14 @@ def test_golden_prompts_are_asked_again_after_hours_and_tell_when_the_engine_is_
     report = watcher.look()
     assert report.golden is None
     assert "golden prompts could not be asked: OSError: connection refused" in describe(report)
+
+
+def test_a_request_that_an_engine_turned_down_does_not_blind_the_monitor(store):
+    """It has no finish reason, and rows are written without what is None."""
+    talk = talk_of(11)
+    log = DayLog(store.root / "traces", Trace)
+    for trace in talk.serve(5):
+        log.append(trace.model_copy(update={"status": 404, "finish_reason": None, "signals": {}}), at_s=talk.now_s)
+    log.close()
+    write(store, talk, 5)
+    assert Watcher(store, POLICY, clock=lambda: talk.now_s).look().answers == 5
