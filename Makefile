@@ -30,7 +30,7 @@ quickstart: setup
 
 quickstart-tiny: setup
 	python quickstart/prepare.py --tiny
-	fmops run --spec quickstart/tiny.yaml
+	fmops run --spec quickstart/tiny.yaml --workspace quickstart/.fmops-tiny
 
 test: setup infra/.tools/helm
 	pytest -n 2 --dist loadgroup

@@ -15,7 +15,9 @@ import click
 from fmops import __version__
 from fmops.cli_keys import keys
 from fmops.cli_options import open_project, with_spec
-from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, FmopsError, disk_is_full, nearest
+from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
+
+WRITABLE = "Give yourself the right to, or name another workspace with --workspace."
 
 
 class Commands(click.Group):
@@ -290,6 +292,30 @@ def monitor(once: bool, port: int | None, spec: Path, workspace: Path | None) ->
 
 
 @cli.command()
+@click.option("--once", is_flag=True, help="Do the next step and end (for cron). Default: look every minute.")
+@click.option(
+    "--round", "stage", type=click.Choice(["pretrain", "instruct", "align"]), help="Ask for a round of this stage."
+)
+@click.option("--why", default="", help="Remembered with the wish for a round.")
+@click.option("--approve", type=int, help="Let the round of this number train.")
+@with_spec
+def loop(
+    once: bool, stage: Any, why: str, approve: int | None, spec: Path, workspace: Path | None
+) -> None:  # fmt: skip
+    """Close the loop: watch, diagnose, train what is missing from the champion, gate, roll out, or roll back."""
+    from fmops.orchestration.events import open_view
+    from fmops.orchestration.loop import LoopRunner, asked, keep_going
+
+    with open_view() as view:
+        runner = LoopRunner(open_project(spec, workspace), view)
+        wish = asked(stage, why) if stage else None
+        if once or stage or approve is not None:
+            click.echo("\n".join(runner.look(ask=wish, approve=approve)))
+        else:
+            keep_going(runner, say=click.echo)
+
+
+@cli.command()
 @click.argument("action", type=click.Choice(["start", "status", "look", "promote", "hold", "resume", "rollback"]))
 @click.option("--release", "key", help="What to roll out, with `start`. Default: the newest release.")
 @click.option("--why", default="", help="Remembered with a person's order.")
@@ -335,10 +361,13 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            click.echo(f"error: {written_path(error)} may not be written ({error.strerror}). {WRITABLE}", err=True)
+            sys.exit(EXIT_FAILED)
         if not disk_is_full(error):
             raise
         if isinstance(error.__context__, FmopsError):
             # The run failed first, and its report could not be written either.
             click.echo(f"error: {error.__context__}", err=True)
-        click.echo(f"error: {DISK_FULL.format(where=getattr(error, 'filename', None) or 'the workspace')}", err=True)
+        click.echo(f"error: {DISK_FULL.format(where=written_path(error) or 'the workspace')}", err=True)
         sys.exit(EXIT_FAILED)

@@ -20,6 +20,10 @@ EXIT_TERMINATED = 143
 """128 + SIGTERM, as a shell says it."""
 
 
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says where nothing may be written."""
+
+
 class FmopsError(Exception):
     """Something the user can put right; the message names the value, the choices and the remedy."""
 
@@ -84,6 +88,11 @@ def disk_is_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def written_path(error: BaseException) -> str | None:
+    """The file that could not be written. Copying names the source first and the copy second."""
+    return getattr(error, "filename2", None) or getattr(error, "filename", None)
 
 
 DISK_FULL = (

@@ -32,19 +32,23 @@ def _let_go_in_forked_child() -> None:
 os.register_at_fork(after_in_child=_let_go_in_forked_child)
 
 
+class Busy(FmopsError):
+    """Somebody else holds the lock; later it may be free."""
+
+
 @contextmanager
 def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the lock at `path`.
 
     Raises:
-        FmopsError: another process holds it after `wait_s` seconds; names its pid, host, command and start.
+        Busy: another process holds it after `wait_s` seconds; names its pid, host, command and start.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as stream:
         deadline = time.monotonic() + wait_s
         while not _try_lock(stream.fileno()):
             if time.monotonic() >= deadline:
-                raise FmopsError(_refusal(path))
+                raise Busy(_refusal(path))
             time.sleep(0.02)
         _held.add(stream)
         try:

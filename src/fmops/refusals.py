@@ -52,6 +52,12 @@ _RULES = tuple(
 )
 
 
+LONG_WORD = 40
+"""Characters; no word of a language that separates words is as long."""
+FEWEST_RUNS = 16
+"""Shorter answers may repeat themselves."""
+
+
 def is_refusal(answer: str) -> bool:
     """Whether the opening of `answer` declines the request."""
     opening = answer.strip()[:OPENING_CHARACTERS].lower().replace("’", "'").replace("`", "'")
@@ -60,5 +66,16 @@ def is_refusal(answer: str) -> bool:
 
 
 def is_answered(response: str) -> bool:
-    """Whether there is an answer, right or wrong: some word, and no refusal."""
-    return bool(re.search(r"\w", response)) and not is_refusal(response)
+    """Whether there is an answer, right or wrong: some word, no refusal, and not the same words again and again."""
+    words = re.findall(r"\w+", response)
+    return bool(words) and not is_refusal(response) and not goes_in_circles(words)
+
+
+def goes_in_circles(words: list[str]) -> bool:
+    """Whether fewer than half of an answer's sequences of four words are new; a long word stands for unspaced text."""
+    if max(map(len, words)) > LONG_WORD:
+        text = "".join(words)
+        runs = [text[start : start + 8] for start in range(len(text) - 7)]
+    else:
+        runs = [" ".join(words[start : start + 4]) for start in range(len(words) - 3)]
+    return len(runs) >= FEWEST_RUNS and len(set(runs)) < 0.5 * len(runs)

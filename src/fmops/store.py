@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fmops.artifacts import KINDS, Artifact, Frozen, Source
-from fmops.errors import FmopsError, IntegrityError
+from fmops.errors import READ_ONLY, FmopsError, IntegrityError
 from fmops.faults import fault_site
 from fmops.integrity import sha256
 from fmops.locks import locked
@@ -110,16 +110,27 @@ class Store:
         """The committed record, or None."""
         return self._read(self.folder(stage, fingerprint))
 
+    def get(self, key: str) -> Record:
+        """The record of a whole key.
+
+        Raises:
+            FmopsError: there is none; nothing may stand in for it.
+        """
+        record = self._read(self.artifacts / key)
+        if record is None:
+            raise FmopsError(f"the record of {key} is gone from {self.artifacts}. Put the folder back from a copy.")
+        return record
+
     def by_key(self, key: str) -> Record:
-        """The one record whose key or fingerprint starts with `key`.
+        """The one record that is meant: by alias, by node (its newest), or by the beginning of a key or fingerprint.
 
         Raises:
             FmopsError: none or several match.
         """
-        found = [
+        key = self.aliases().get(key, key)
+        found = [record for record in self.records() if record.node == key][-1:] or [
             record for record in self.records() if record.key.startswith(key) or record.fingerprint.startswith(key)
         ]
-        found = found or [record for record in self.records() if record.node == key][-1:]
         if len(found) == 1:
             return found[0]
         if not found:
@@ -171,7 +182,12 @@ class Store:
                 if sha256(path) != entry.sha256:
                     return f"{name} differs from its digest {entry.sha256[:12]}…"
         if reread:
-            os.utime(folder / RECORD)
+            try:
+                os.utime(folder / RECORD)
+            except OSError as error:
+                # On a disk that may only be read nothing is remembered: the files are read again next time.
+                if error.errno not in READ_ONLY:
+                    raise
         return None
 
     def verify(self, record: Record) -> None:

@@ -64,6 +64,10 @@ def parse_yaml(path: Path) -> YamlDocument:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise FmopsError(f"{path.name}:{line}: not valid YAML: {error.problem}.") from None
+    except yaml.reader.ReaderError as error:
+        raise FmopsError(
+            f"{path.name}: the character {error.character!r} at place {error.position} is not allowed. Remove it."
+        ) from None
     except UnicodeDecodeError as error:
         raise FmopsError(f"{path.name}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     if not isinstance(root, yaml.MappingNode):
@@ -71,20 +75,30 @@ def parse_yaml(path: Path) -> YamlDocument:
             f"{path.name}:1: a spec is a mapping of keys to values. `fmops init` writes one to start from."
         )
     lines: dict[Location, int] = {}
-    _index(root, (), lines, path)
+    _index(root, (), lines, path, above=frozenset())
     loader = yaml.SafeLoader("")
     try:
         value = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise FmopsError(f"{path.name}:{line}: {error.problem}. A spec holds plain values only.") from None
+    except ValueError as error:
+        # PyYAML makes dates of whatever looks like one, and does not say where.
+        raise FmopsError(f"{path.name}: {error}, in a value that looks like a date. Put it into quotes.") from None
     return YamlDocument(path=path, value=value, lines=lines)
 
 
-def _index(node: yaml.Node, at: Location, lines: dict[Location, int], path: Path) -> None:
+def _index(
+    node: yaml.Node, at: Location, lines: dict[Location, int], path: Path, *, above: frozenset[int]
+) -> None:  # fmt: skip
     lines.setdefault(at, node.start_mark.line + 1)
+    if id(node) in above:
+        raise FmopsError(f"{path.name}:{node.start_mark.line + 1}: an alias holds itself. Write the value out.")
+    above |= {id(node)}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise FmopsError(f"{path.name}:{key.start_mark.line + 1}: a key must be a plain word.")
             location = (*at, key.value)
             if location in lines:
                 raise FmopsError(
@@ -92,10 +106,10 @@ def _index(node: yaml.Node, at: Location, lines: dict[Location, int], path: Path
                     f"first on line {lines[location]}. Keep one."
                 )
             lines[location] = key.start_mark.line + 1
-            _index(value, location, lines, path)
+            _index(value, location, lines, path, above=above)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
-            _index(item, (*at, number), lines, path)
+            _index(item, (*at, number), lines, path, above=above)
 
 
 def _fields_at(model: type[BaseModel], location: Location) -> list[str]:

@@ -35,6 +35,7 @@ INTERFACE = {
     "chat": ("--url", "--system", "--prompt", *SPEC),
     "monitor": ("--once", "--port", *SPEC),
     "rollout": ("action", "--release", "--why", *SPEC),
+    "loop": ("--once", "--round", "--why", "--approve", *SPEC),
     "stage": ("name", "--fingerprint", *SPEC),
     "schema": (),
 }

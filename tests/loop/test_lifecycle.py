@@ -184,3 +184,26 @@ def test_a_plan_says_what_the_gate_can_see_before_anything_is_spent(tmp_path):
     assert "gate: quiz with 10 items can show a margin of" in plan.stdout
     assert "after base, corpus" in plan.stdout
     assert not (spec.parent / ".fmops" / "artifacts").exists()
+
+
+def test_a_worse_candidate_does_not_take_the_champions_place_though_it_beats_the_base(copied):
+    store = store_of(copied)
+    champion = store.aliases()["champion"]
+    copied.write_text(copied.read_text().replace("learning_rate: 3e-3", "learning_rate: 3e-5"))
+    done = fmops("run", spec=copied)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "domain" in done.stderr
+    assert newest(copied, "gate").artifact["verdict"] == "reject"
+    compared = store.get(newest(copied, "gate").inputs["champion"].ref)
+    assert compared.inputs["checkpoint"].ref == store.get(champion).inputs["checkpoint"].ref
+    assert store.aliases()["champion"] == champion
+    gain = newest(copied, "pretrain").artifact["metrics"]
+    assert gain["new_bits_per_byte_after"] < gain["new_bits_per_byte_before"]
+
+
+def test_another_lifecycle_is_refused_in_a_workspace_that_has_a_champion(copied):
+    other = copied.with_name("other.yaml")
+    other.write_text("name: other\nbase: base\n")
+    done = fmops("run", spec=other)
+    assert done.returncode == 2
+    assert "is of the lifecycle 'tiny', this spec is 'other'. Give it a workspace of its own" in done.stderr

@@ -139,3 +139,19 @@ def test_every_key_of_the_schema_says_what_it_does():
         if "description" not in about and "$ref" not in str(about) and field not in ("framework", "method", "engine")
     ]
     assert len(silent) <= 8, silent
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("? [a, b]\n: 1\n", r"lifecycle.yaml:1: a key must be a plain word"),
+        ("name: &a [*a]\n", r"lifecycle.yaml:1: an alias holds itself"),
+        ("seed: 2026-99-99\n", r"month must be in 1..12, in a value that looks like a date. Put it into quotes"),
+        ("name: a\x00b\n", r"the character .* is not allowed. Remove it"),
+    ],
+)
+def test_yaml_that_is_no_spec_is_told_without_a_traceback(tmp_path, text, told):
+    path = tmp_path / "lifecycle.yaml"
+    path.write_text(text)
+    with pytest.raises(FmopsError, match=told):
+        read_lifecycle(path)

@@ -78,7 +78,7 @@ def test_other_content_from_the_same_recipe_is_called_not_reproducible(store):
 
 def test_code_version_and_seed_are_causes(store):
     record = store.by_key("gate")
-    found = diff(store, record, record.model_copy(update={"version": 2, "seed": 7}))
+    found = diff(store, record, record.model_copy(update={"version": 99, "seed": 7}))
     assert [(item.field, item.cause) for item in found] == [("code version", True), ("seed", True)]
 
 

@@ -48,11 +48,11 @@ def page_of(tmp_path, **how) -> Page:
 @pytest.mark.parametrize(
     ("ends", "verdict", "sentence"),
     [
-        ("promote", "Promoted", "is released; 11 of 13 stages were run, the others kept."),
+        ("promote", "Promoted", "is released; 11 of 14 stages were run, the others kept."),
         ("reject", "Rejected", "Nothing is released: forgetting: worse by 0.090"),
         ("failed", "Failed at pretrain", "loss is not finite at step 5. Lower learning_rate."),
         ("killed", "Cut off in pretrain", "`fmops run` goes on from where it was."),
-        ("cached", "Promoted", "1 of 13 stages were run, the others kept."),
+        ("cached", "Promoted", "1 of 14 stages were run, the others kept."),
         ("empty", "Nothing has run", "This run ended before its first stage"),
     ],
 )

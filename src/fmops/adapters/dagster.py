@@ -177,7 +177,7 @@ def _asset(node: Node, execute: Execute, newest: Record | None, place: int) -> d
     check = dg.AssetCheckSpec(PROMOTE, asset=asset_key(node.name), blocking=True, description=_GATE)
     asset: dg.AssetsDefinition = dg.asset(
         key=asset_key(node.name),
-        deps=[*map(asset_key, dict.fromkeys(node.artifacts.values())), *map(source_key, _source_uris(node))],
+        deps=[*map(asset_key, node.after), *map(source_key, _source_uris(node))],
         description=_described(node),
         group_name=GROUPS[node.stage.name],
         kinds={node.stage.output.kind, *_frameworks(node)},

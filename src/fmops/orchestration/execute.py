@@ -13,13 +13,12 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from fmops.artifacts import Artifact, Source
 from fmops.environment import describe_environment
-from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full
+from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full, written_path
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
@@ -38,8 +37,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         FmopsError: an input is missing or damaged, or the plan no longer gives `fingerprint`.
     """
     planner = project.planner()
-    steps = planner.plan()
-    step = steps[name]
+    step = planner.plan()[name]
     if step.fingerprint is None or step.inputs is None:
         raise FmopsError(f"stage {name!r} cannot run yet: {step.reason}. `fmops run` runs what comes before it.")
     if fingerprint and step.fingerprint != fingerprint:
@@ -52,7 +50,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
     out = project.store.folder(step.node.stage.name, step.fingerprint)
     with locked(project.store.root / "locks" / out.name, wait_s=10):
         out.mkdir(parents=True, exist_ok=True)
-        inputs = {**_artifacts(project, step, steps), **_sources(step, planner.sources)}
+        inputs = {**_artifacts(project, step), **_sources(step, planner.sources)}
         context = StageContext(
             seed=project.spec.seed,
             threads=project.threads,
@@ -66,7 +64,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         cost = {
             "wall_s": round(time.monotonic() - started, 3),
             "cpu_s": round(_cpu_seconds() - cpu, 3),
-            "peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+            "peak_bytes": _peak_bytes(),
             **{name: float(f"{value:.5g}") for name, value in context.cost.items()},
         }
         record = _record(project, step, artifact, cost, context.environment)
@@ -95,19 +93,19 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
     except Exception as error:
         if not disk_is_full(error):
             raise
-        text = DISK_FULL.format(where=getattr(error, "filename", None) or workspace or spec.parent)
+        text = DISK_FULL.format(where=written_path(error) or workspace or spec.parent)
         return _report_failure(stream, text, EXIT_FAILED)
     stream.write(json.dumps({"event": "finished", "fingerprint": record.fingerprint, "cost": record.cost}) + "\n")
     stream.flush()
     return 0
 
 
-def _artifacts(project: Project, step: Step, steps: Mapping[str, Step]) -> dict[str, Artifact]:
+def _artifacts(project: Project, step: Step) -> dict[str, Artifact]:
     """The artifacts that a step's plan names, each read again and compared with its digests."""
     found = {}
-    for parameter, name in step.node.artifacts.items():
-        record = steps[name].record
-        assert record is not None
+    for parameter in step.node.artifacts:
+        assert step.inputs is not None
+        record = project.store.get(step.inputs[parameter].ref)
         project.store.verify(record)
         found[parameter] = project.store.load(record)
     return found
@@ -137,6 +135,11 @@ def _record(project: Project, step: Step, artifact: Artifact, cost: dict[str, fl
         cost=cost,
         created=utc_now(),
     )
+
+
+def _peak_bytes() -> float:
+    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cpu_seconds() -> float:

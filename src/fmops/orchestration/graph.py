@@ -7,7 +7,7 @@ Refuses: nothing; the spec has been validated before.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fmops.artifacts import Frozen
@@ -40,6 +40,13 @@ class Node:
     """Parameter → name of the node whose artifact it receives."""
     sources: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Parameter → URIs that are resolved to files before the stage runs."""
+    rival: str | None = None
+    """Node of a candidate. Its champion's checkpoint stands in for `checkpoint`, where there is a champion."""
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Nodes that come before this one."""
+        return tuple(dict.fromkeys((*self.artifacts.values(), *((self.rival,) if self.rival else ()))))
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Graph:
         """Nodes that use the artifact of `name`, directly or through others, in order."""
         reached = {name}
         for node in self.nodes.values():
-            if reached & set(node.artifacts.values()):
+            if reached & set(node.after):
                 reached.add(node.name)
         return [other for other in self.nodes if other in reached and other != name]
 
@@ -157,12 +164,15 @@ class _Builder:
         """The gate, when there is a candidate to judge, and the release."""
         gate = None
         if self.spec.gate and report != self.base_report:
+            champion = self.evaluate("base", name="evaluate-champion")
+            assert champion is not None
+            self.nodes[champion] = replace(self.nodes[champion], rival=checkpoint)
             gate = self.add(
                 "gate",
                 "gate",
                 GateJob.model_validate(self.spec.gate.model_dump()),
                 {},
-                champion=self.base_report,
+                champion=champion,
                 challenger=report,
                 corpus=self.corpus,
                 conversations=self.conversations,

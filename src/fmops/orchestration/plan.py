@@ -58,12 +58,12 @@ class Planner:
         self, node: Node, before: Mapping[str, Step], *, on_damage: Callable[[Record, str], None] | None = None
     ) -> Step:
         """One node's step, given those of its inputs."""
-        blocked = [name for name in node.artifacts.values() if _blocks(before[name])]
+        blocked = [name for name in node.after if _blocks(before[name])]
         if blocked:
             return Step(node=node, state="blocked", reason=f"by {blocked[0]}")
-        open_inputs = [name for name in node.artifacts.values() if before[name].record is None]
+        open_inputs = [name for name in node.after if before[name].record is None]
         if open_inputs:
-            return Step(node=node, state="waiting", reason=f"after {', '.join(dict.fromkeys(open_inputs))}")
+            return Step(node=node, state="waiting", reason=f"after {', '.join(open_inputs)}")
         inputs = self._inputs(node, before)
         node = self._of_this_round(node, inputs)
         fingerprint = fingerprint_of(
@@ -95,7 +95,33 @@ class Planner:
         for parameter, uris in node.sources.items():
             source = self.sources[uris]
             inputs[parameter] = InputRef(kind="source", ref=" ".join(uris), digest=source_digest(source))
+        if node.rival:
+            candidate = before[node.rival].record
+            champion = self._champion_against(candidate.key) if candidate else None
+            if champion:
+                inputs["checkpoint"] = InputRef(kind="artifact", ref=champion.key, digest=champion.digest)
         return inputs
+
+    def _champion_against(self, candidate: str) -> Record | None:
+        """The checkpoint that a candidate has to beat: the champion's, or None before the first release.
+
+        A candidate that is the champion by now goes on being compared with the one it beat, so that a second run finds
+        its own decision.
+        """
+        champion = self._known(self.store.aliases().get("champion"))
+        if champion is None:
+            return None
+        if champion.inputs["checkpoint"].ref != candidate:
+            return self._known(champion.inputs["checkpoint"].ref)
+        gate = self._input(champion, "gate")
+        report = self._input(gate, "champion") if gate else None
+        return self._input(report, "checkpoint") if report else None
+
+    def _input(self, record: Record, name: str) -> Record | None:
+        return self._known(record.inputs[name].ref) if name in record.inputs else None
+
+    def _known(self, key: str | None) -> Record | None:
+        return self.store.get(key) if key else None
 
     def _of_this_round(self, node: Node, inputs: Mapping[str, InputRef]) -> Node:
         """A node with what only the workspace knows: which items a rotating round asks, what the gate has tested."""

@@ -54,4 +54,7 @@ class Project:
     @property
     def threads(self) -> int:
         """Threads a stage computes with: as the spec says, else every core this process may use."""
-        return self.spec.runtime.threads or len(os.sched_getaffinity(0))
+        if self.spec.runtime.threads:
+            return self.spec.runtime.threads
+        # macOS has no affinity.
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

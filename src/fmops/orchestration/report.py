@@ -97,7 +97,7 @@ def _picture(history: History) -> Any:
     for name, model in DATA_ROW.items():
         places[name] = (column.get(model, 0), 0)
     places |= {"evaluate-base": (0, 2), "evaluate-pretrain": (column.get("pretrain", 0), 2)}
-    places |= {"evaluate-candidate": (len(chain) - 1, 2), "gate": (len(chain), 1)}
+    places |= {"evaluate-candidate": (len(chain) - 1, 2), "gate": (len(chain), 1), "evaluate-champion": (len(chain), 2)}
     places["release"] = (len(chain) + ("gate" in history.nodes), 1)
     boxes = [
         Box(node.name, _state_css(node), _state_text(node), *places[node.name])
@@ -108,6 +108,7 @@ def _picture(history: History) -> Any:
     tail = [*pairwise(chain), (chain[-1], after)] if chain else []
     judged = "evaluate-candidate" if "evaluate-candidate" in history.nodes else "evaluate-pretrain"
     verdicts = [(chain[-1], "evaluate-candidate"), (judged, "gate")] if chain else []
+    verdicts += [("evaluate-champion", "gate")] if "evaluate-champion" in history.nodes else []
     return lifecycle_picture(boxes, [*EDGES, *tail, *verdicts])
 
 

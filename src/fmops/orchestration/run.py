@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fmops.errors import FmopsError, GateRejected, NeedMoreData
 from fmops.faults import fault_site
@@ -24,6 +24,8 @@ from fmops.orchestration.project import Project
 from fmops.orchestration.signatures import sign_release
 from fmops.orchestration.summary import summarise
 from fmops.store import Record, Store, discard_work, utc_now, write_atomically
+
+Alias = Literal["champion", "challenger"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,18 @@ class Outcome:
         return self.folder is not None
 
 
-def run(project: Project, view: View) -> Outcome:
+def run(project: Project, view: View, *, alias: Alias = "champion") -> Outcome:
     """Bring the workspace to what the spec says.
+
+    Args:
+        alias: what a promoted release becomes; a `challenger` still has to win its rollout.
 
     Raises:
         GateRejected, NeedMoreData: the gate did not promote; its reasons are in the message. Nothing is released.
         FmopsError: a source, a stage or the lock; everything finished is kept.
     """
     store = project.store
+    _refuse_another_lifecycle(project)
     with locked(store.root / "lock"):
         planner = project.planner(report=lambda text: view.show("sources", {"event": "note", "text": text}))
         steps = planner.plan(on_damage=lambda record, fault: _set_aside(store, view, record, fault))
@@ -57,10 +63,10 @@ def run(project: Project, view: View) -> Outcome:
                 discard_work(store.folder(step.record.stage, step.record.fingerprint))
         todo = [name for name, step in steps.items() if step.state in ("run", "waiting")]
         if todo:
-            return _Run(project, planner, steps, view).go(todo)
+            return _Run(project, planner, steps, view, alias).go(todo)
         _raise_unless_promoted(steps, None)
         # A kill between the release's commit and the move of the alias is made good here.
-        champion = _promote(project, steps, expected=store.aliases().get("champion"), why="release was waiting")
+        champion = _promote(project, steps, alias, expected=store.aliases().get(alias), why="release was waiting")
         return Outcome(steps=steps, folder=None, champion=champion)
 
 
@@ -72,6 +78,7 @@ class _Run:
     planner: Planner
     steps: dict[str, Step]
     view: View
+    alias: Alias = "champion"
     folder: Path = field(init=False)
     log: EventLog = field(init=False)
 
@@ -79,7 +86,7 @@ class _Run:
         store = self.project.store
         self.folder = store.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 0xFFFF:04x}"
         self.log = EventLog(self.folder, self.view)
-        champion = store.aliases().get("champion")
+        champion = store.aliases().get(self.alias)
         started = {
             "spec": self.project.spec_path.name,
             "name": self.project.spec.name,
@@ -96,7 +103,7 @@ class _Run:
         try:
             self._materialise(todo)
             _raise_unless_promoted(self.steps, self.folder)
-            champion = _promote(self.project, self.steps, expected=champion, why=f"run {self.folder.name}")
+            champion = _promote(self.project, self.steps, self.alias, expected=champion, why=f"run {self.folder.name}")
         except BaseException as caught:
             error = caught
             raise
@@ -168,19 +175,33 @@ def _raise_unless_promoted(steps: Mapping[str, Step], folder: Path | None) -> No
     raise (NeedMoreData if verdict == "need more data" else GateRejected)(text)
 
 
-def _promote(project: Project, steps: Mapping[str, Step], *, expected: str | None, why: str) -> str | None:
-    """Make the release the champion, unless it is; the one before it becomes `previous`."""
+def _promote(
+    project: Project, steps: Mapping[str, Step], alias: Alias, *, expected: str | None, why: str
+) -> str | None:
+    """Point the alias at the release, unless it does; the champion before it becomes `previous`."""
     release = steps["release"].record
     if release is None or expected == release.key:
         return expected
     fault_site("run-before-promote")
     sign_release(project.store, release)
-    targets = {"champion": release.key, **({"previous": expected} if expected else {})}
-    project.store.move_aliases(targets, expected={"champion": expected}, why=why)
+    before = {"previous": expected} if expected and alias == "champion" else {}
+    project.store.move_aliases({alias: release.key, **before}, expected={alias: expected}, why=why)
     from fmops.adapters.mlflow import mirror_release
 
     mirror_release(project.store, release)
     return release.key
+
+
+def _refuse_another_lifecycle(project: Project) -> None:
+    """A workspace has one champion, so it serves one lifecycle."""
+    store = project.store
+    champion = store.aliases().get("champion")
+    known = next((record for record in store.records() if record.key == champion), None)
+    if known and known.artifact["name"] != project.spec.name:
+        raise FmopsError(
+            f"the champion in {store.root} is of the lifecycle {known.artifact['name']!r}, this spec is "
+            f"{project.spec.name!r}. Give it a workspace of its own: `--workspace .fmops-{project.spec.name}`."
+        )
 
 
 def _set_aside(store: Store, view: View, record: Record, fault: str) -> None:

@@ -6,6 +6,8 @@ Refuses: nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 from fmops.store import Record
 
 
@@ -25,13 +27,23 @@ def summarise(record: Record) -> str:
         case "checkpoint":
             moved = _moved(artifact["metrics"])
             size = f"{artifact['parameters'] / 1e6:.1f} M parameters"
-            return f"{artifact['trained_tokens']:,} tokens; {moved}" if artifact["trained_tokens"] else size
+            told = "; ".join(part for part in (f"{artifact['trained_tokens']:,} tokens", moved) if part)
+            return told if artifact["trained_tokens"] else size
         case "evaluation":
-            return ", ".join(f"{metric['task']} {metric['value']:.3f}" for metric in artifact["metrics"][:4])
+            return _scores(artifact["metrics"])
         case "gate":
             return str(artifact["verdict"])
         case _:
             return f"{record.key}, parity {'passed' if artifact['parity']['passed'] else 'failed'}"
+
+
+def _scores(metrics: list[dict[str, Any]]) -> str:
+    """The first metric of each family, the domain first: what the gate looks at."""
+    first: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        first.setdefault(metric["family"], metric)
+    chosen = sorted(first.values(), key=lambda metric: metric["family"] != "domain")[:4]
+    return ", ".join(f"{m['task']} {m['name'].replace('_', ' ')} {m['value']:.3f}" for m in chosen)
 
 
 def _moved(metrics: dict[str, float]) -> str:

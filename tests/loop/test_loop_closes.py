@@ -1,0 +1,78 @@
+"""New documents arrive; the loop trains from the champion, gates, and hands the challenger to its rollout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydoc_data.topics import topics
+
+from fmops.store import Store
+
+from .conftest import fmops
+
+pytestmark = [pytest.mark.xdist_group("lifecycle"), pytest.mark.slow]
+
+
+def look(spec: Path, *options: str, fault: str | None = None):
+    return fmops("loop", *(options or ("--once",)), spec=spec, fault=fault)
+
+
+def add_documents(spec: Path) -> None:
+    """Four topics of Python's documentation that the champion has not read."""
+    docs = spec.parent / "docs"
+    known = {path.read_text(encoding="utf-8") for path in docs.iterdir()}
+    fresh = sorted((text for text in topics.values() if text not in known), key=len)[-30:]
+    for number, text in enumerate(fresh[:4]):
+        (docs / f"fresh-{number}.txt").write_text(text, encoding="utf-8")
+
+
+def test_the_loop_goes_from_new_documents_to_a_rollout_through_kills_and_trains_once(copied):
+    store = Store(copied.parent / ".fmops")
+    champion = store.aliases()["champion"]
+    first = look(copied)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == "no round: nothing asks for a round"
+    add_documents(copied)
+    for fault in ("round-before-save:1", "round-before-rollout:1"):
+        assert look(copied, fault=fault).returncode == -9
+    done = look(copied)
+    assert done.returncode == 0, done.stderr
+    assert len(list((store.root / "rounds").iterdir())) == 2  # round 1, and what has been read
+    state = json.loads((store.root / "rounds" / "0001" / "round.json").read_text())
+    assert state["trigger"]["why"] == "new files: 4 in docs"
+    assert (state["phase"], state["champion"]) == ("rolling out", champion)
+    aliases = store.aliases()
+    assert (aliases["champion"], aliases["challenger"]) == (champion, state["release"])
+    trained = [record for record in store.records() if record.stage == "pretrain"]
+    assert len(trained) == 2
+    base = store.by_key(trained[-1].inputs["checkpoint"].ref)
+    assert "artifacts/release-" in base.inputs["source"].ref
+    again = look(copied)
+    assert "round 1 is rolling out: checking" in again.stdout
+    assert "no round: round 1 is rolling out" in again.stdout
+    ended = fmops("rollout", "rollback", "--why", "not wanted", spec=copied)
+    assert ended.returncode == 0, ended.stderr
+    assert "round 1 ended, rolled back" in look(copied).stdout
+    assert store.aliases()["champion"] == champion
+    assert "nothing asks for a round" in look(copied).stdout
+
+
+def test_a_round_waits_for_approval_where_the_spec_asks_for_it(copied):
+    copied.write_text(copied.read_text() + "loop: {approval: true}\n")
+    look(copied)
+    add_documents(copied)
+    waiting = look(copied)
+    assert "round 1 waits for approval: new files: 4 in docs. `fmops loop --approve 1`" in waiting.stdout
+    wrong = look(copied, "--approve", "7")
+    assert wrong.returncode == 2
+    assert "round 7 does not wait for approval" in wrong.stderr
+    assert not [r for r in Store(copied.parent / ".fmops").records() if r.node == "pretrain"][1:]
+
+
+def test_without_a_champion_the_loop_says_what_to_do(tmp_path):
+    (tmp_path / "lifecycle.yaml").write_text("name: x\nbase: base\n")
+    done = look(tmp_path / "lifecycle.yaml")
+    assert done.returncode == 2
+    assert "the loop begins when one serves. `fmops run` first." in done.stderr
