@@ -60,6 +60,24 @@ def test_documents_without_mask_and_logits_learn_the_same(half_learnt, tiny_mode
     assert said == []
 
 
+def test_the_loss_is_the_same_however_many_logits_are_held(monkeypatch):
+    from fmops.adapters import linear_loss
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (150, 50))
+    labels = torch.randint(0, 50, (150,), generator=generator)
+    labels[::7] = linear_loss.IGNORED
+    wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum") / 3
+    slopes = torch.autograd.grad(wanted, (hidden, weight))
+    for held in (1, 2**24):
+        monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", held)
+        monkeypatch.setattr(linear_loss, "CACHED_ELEMENTS", 7 * held)
+        found = linear_loss.total_nats(hidden, weight, labels) / 3
+        assert abs(float((found - wanted).detach())) < 1e-4
+        for slope, other in zip(torch.autograd.grad(found, (hidden, weight)), slopes, strict=True):
+            assert (slope - other).abs().max() < 1e-5
+
+
 def test_rows_of_a_batch_may_hold_different_documents(tiny_model):
     plain, fast = load_model(tiny_model).eval(), load_model(tiny_model).eval()
     attend_by_document(fast, note=pytest.fail)

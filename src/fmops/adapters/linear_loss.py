@@ -23,6 +23,8 @@ IGNORED = -100
 CHUNK_ELEMENTS = 2**24
 """Logits held at a time: 64 MB in float32; fewer rows would starve the matrix multiplication."""
 LONGEST_CHUNK = 1024
+CACHED_ELEMENTS = 2**20
+"""Logits turned into slopes at a time: few enough to stay in the processor's cache, and in memory already touched."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,19 +39,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(rows) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        size = max(64, min(LONGEST_CHUNK, CHUNK_ELEMENTS // len(weight)))
+        size = min(len(rows), max(64, min(LONGEST_CHUNK, CHUNK_ELEMENTS // len(weight))))
+        buffer = rows.new_empty(size, len(weight))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(rows), size):
-                part, wanted = slice(start, start + size), labels[start : start + size, None]
-                logs = torch.log_softmax(rows[part] @ matrix.T, dim=-1, dtype=torch.float32)
-                nats[part] = -logs.gather(1, wanted)[:, 0]
-                if not (needs_hidden or needs_weight):
-                    continue
-                slope = logs.exp_().scatter_add_(1, wanted, -torch.ones_like(wanted, dtype=torch.float32)).to(dtype)
+                part = slice(start, start + size)
+                logits = torch.mm(rows[part], matrix.T, out=buffer[: len(rows[part])])
+                nats[part] = _slopes_in_place(logits, labels[part, None])
                 if grad_hidden is not None:
-                    torch.mm(slope, matrix, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight += slope.T @ rows[part]
+                    torch.mm(logits, matrix, out=grad_hidden[part])
+                if grad_weight is not None and dtype == torch.float32:
+                    grad_weight.addmm_(logits.T, rows[part])
+                elif grad_weight is not None:
+                    grad_weight += logits.T @ rows[part]
         ctx.gradients = grad_hidden, grad_weight
         ctx.dtypes = hidden.dtype, weight.dtype
         return nats
@@ -63,6 +65,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * each[0]).to(ctx.dtypes[1])
         return grad_hidden, grad_weight, None
+
+
+def _slopes_in_place(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats a row; the logits' place is taken by the slope of those: probabilities, minus one at the label.
+
+    Shapes: logits (rows, vocabulary), labels (rows, 1); result (rows). The one is taken off before anything is rounded.
+    """
+    few = max(1, CACHED_ELEMENTS // logits.shape[1])
+    nats = []
+    for block, wanted in zip(torch.split(logits, few), torch.split(labels, few), strict=True):
+        logs = torch.log_softmax(block, dim=-1, dtype=torch.float32)
+        nats.append(-logs.gather(1, wanted)[:, 0])
+        block.copy_(logs.exp_().scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=torch.float32)))
+    return torch.cat(nats)
 
 
 def total_nats(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,345 @@
+"""The arms of `benchmarks.training`: one way of training each.
+
+Enters: an arm's name, a model folder or none. Leaves: CPU seconds, what was trained on, the last loss.
+Refuses: nothing; an arm that cannot run here ends with its library's error.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLES_A_STEP = 16
+PAIRS_A_STEP = 8
+BLOCKS_A_STEP = 4
+BLOCK = 1024
+MEAN, SPREAD = 163, 0.8
+"""Of chat samples, in tokens: mean, and the standard deviation of the length's logarithm."""
+ANSWER = 48
+"""Mean tokens of a preference pair's answer."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every arm is given."""
+
+    folder: Path
+    work: Path
+    steps: int
+    vocabulary: int
+
+    def lengths(self, count: int, *, mean: float, seed: int) -> list[int]:
+        """Log-normal lengths of at least 8 and at most `BLOCK` tokens."""
+        drawn = np.random.default_rng(seed).lognormal(math.log(mean) - SPREAD**2 / 2, SPREAD, count)
+        return [int(length) for length in np.clip(drawn, 8, BLOCK)]
+
+    def tokens(self, count: int, *, seed: int) -> list[int]:
+        return [int(token) for token in np.random.default_rng(seed).integers(3, self.vocabulary, count)]
+
+    def samples(self) -> list[tuple[list[int], int]]:
+        """Token ids, and how many of them are the prompt's: half."""
+        sizes = self.lengths(self.steps * SAMPLES_A_STEP, mean=MEAN, seed=0)
+        return [(self.tokens(size, seed=index), size // 2) for index, size in enumerate(sizes)]
+
+    def pairs(self) -> list[dict[str, list[int]]]:
+        count = self.steps * PAIRS_A_STEP
+        parts = zip(
+            *(self.lengths(count, mean=mean, seed=i) for i, mean in enumerate((MEAN, ANSWER, ANSWER))), strict=True
+        )
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        return [
+            {
+                name: self.tokens(size, seed=3 * index + i)
+                for i, (name, size) in enumerate(zip(names, sizes, strict=True))
+            }
+            for index, sizes in enumerate(parts)
+        ]
+
+    def blocks(self) -> list[tuple[list[int], tuple[int, ...]]]:
+        """Full blocks of documents, the last of each cut; and the documents' lengths."""
+        sizes = iter(self.lengths(10_000, mean=MEAN, seed=5))
+        found = []
+        for index in range(self.steps * BLOCKS_A_STEP):
+            lengths: list[int] = []
+            while sum(lengths) < BLOCK:
+                lengths.append(min(next(sizes), BLOCK - sum(lengths)))
+            found.append((self.tokens(BLOCK, seed=index), tuple(lengths)))
+        return found
+
+
+def run_arm(name: str, model: Path | None, *, steps: int, work: Path) -> dict[str, Any]:
+    """Train as the arm does. Returns CPU and wall seconds, units of work, useful GFLOP, the last loss."""
+    from transformers import AutoConfig
+
+    # Imported before the clock starts, with all that they import.
+    from fmops.adapters import transformers_pretrain, trl_dpo, trl_sft  # noqa: F401
+    from fmops.adapters.model_files import quiet
+
+    quiet()
+    folder = model or _small_shape(work / "small")
+    setting = Setting(folder, work / "run", steps, AutoConfig.from_pretrained(folder).vocab_size)
+    make, work_of = ARMS[name]
+    started, wall = time.process_time(), time.perf_counter()
+    trainer = make(setting)
+    trainer.train()
+    cpu_s, wall_s = time.process_time() - started, time.perf_counter() - wall
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {
+        "cpu_s": cpu_s,
+        "wall_s": wall_s,
+        "steps": trainer.state.global_step,
+        "last_loss": losses[-1] if losses else math.nan,
+        **work_of(setting, trainer.model),
+    }
+
+
+def _small_shape(out: Path) -> Path:
+    """A Llama of 4.7 million parameters, 2.1 of them the tied head, with the quickstart's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+    from tiny_model import write_tiny_model
+
+    write_tiny_model(out)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+def _arguments(setting: Setting, *, batch: int, accumulate: int = 1, **more: Any) -> dict[str, Any]:
+    """What is equal for every arm."""
+    return {
+        "output_dir": str(setting.work),
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulate,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+        **more,
+    }
+
+
+def _model(setting: Setting, *, fast: bool) -> Any:
+    from fmops.adapters.document_attention import attend_by_document
+    from fmops.adapters.linear_loss import learn_without_logits
+    from fmops.adapters.model_files import load_model
+
+    model = load_model(setting.folder)
+    if fast:
+        attend_by_document(model, note=sys.exit)
+        learn_without_logits(model, note=sys.exit)
+    return model
+
+
+def _sft(adapter: str, *, bf16: bool = False) -> Callable[[Setting], Any]:
+    """Instruction tuning as `fmops.adapters.trl_sft` sets it up."""
+
+    def make(setting: Setting) -> Any:
+        from datasets import Dataset
+        from peft import get_peft_model
+        from trl import SFTConfig
+
+        from fmops.adapters.model_files import load_tokenizer, lora_config
+        from fmops.adapters.packing import Block, collate, pack
+        from fmops.adapters.trl_sft import SftTrainer
+
+        pieces = [
+            Block(np.asarray(ids, dtype=np.int32), (len(ids),), np.arange(len(ids)) >= prompt)
+            for ids, prompt in setting.samples()
+        ]
+        blocks = pack(pieces, block_tokens=BLOCK)
+        model = _model(setting, fast=True)
+        if adapter != "full":
+            config = lora_config(rank=16)
+            if adapter == "peft":
+                config._custom_modules = None
+            model = get_peft_model(model, config)
+        return _unwatched(SftTrainer)(
+            model=model,
+            args=SFTConfig(
+                **_arguments(setting, batch=math.ceil(len(blocks) / setting.steps)) | {"bf16": bf16},
+                dataset_kwargs={"skip_prepare_dataset": True},
+                max_length=None,
+                remove_unused_columns=False,
+            ),
+            train_dataset=Dataset.from_dict({"place": range(len(blocks))}),
+            data_collator=lambda rows: collate([blocks[row["place"]] for row in rows]),
+            processing_class=load_tokenizer(setting.folder),
+        )
+
+    return make
+
+
+def _sft_trl(*, packing: bool) -> Callable[[Setting], Any]:
+    """TRL's SFTTrainer: padded batches of 8, or its best packing into rows of `BLOCK` tokens."""
+
+    def make(setting: Setting) -> Any:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        from fmops.adapters.model_files import load_tokenizer
+
+        samples = setting.samples()
+        rows = {
+            "input_ids": [ids for ids, _ in samples],
+            "labels": [[-100] * prompt + ids[prompt:] for ids, prompt in samples],
+        }
+        batch, accumulate = 8, SAMPLES_A_STEP // 8
+        if packing:
+            packed = math.ceil(sum(len(ids) for ids, _ in samples) / BLOCK)
+            batch, accumulate = math.ceil(packed / setting.steps), 1
+        return SFTTrainer(
+            model=_model(setting, fast=False),
+            args=SFTConfig(
+                **_arguments(setting, batch=batch, accumulate=accumulate),
+                max_length=BLOCK,
+                packing=packing,
+                packing_strategy="bfd",
+            ),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=load_tokenizer(setting.folder),
+        )
+
+    return make
+
+
+def _dpo(*, fast: bool) -> Callable[[Setting], Any]:
+    """Full tuning with the reference: ours beforehand with shared prompts, TRL's as it comes, beside the policy."""
+
+    def make(setting: Setting) -> Any:
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        from fmops.adapters.model_files import load_tokenizer
+        from fmops.adapters.trl_dpo import DpoTrainer
+
+        kind = _unwatched(DpoTrainer) if fast else type("Plain", (DPOTrainer,), {"_prepare_dataset": _as_it_is})
+        model = _model(setting, fast=False)
+        options: dict[str, Any] = {"ref_model": _model(setting, fast=False)}
+        if fast:
+            from fmops.adapters.document_attention import attend_by_document
+
+            attend_by_document(model, note=sys.exit)
+            options = {"note": sys.exit}
+        return kind(
+            model=model,
+            args=DPOConfig(**_arguments(setting, batch=PAIRS_A_STEP), max_length=BLOCK, precompute_ref_log_probs=fast),
+            train_dataset=Dataset.from_list(setting.pairs()),
+            processing_class=load_tokenizer(setting.folder),
+            **options,
+        )
+
+    return make
+
+
+def _as_it_is(trainer: Any, dataset: Any, *_: Any, **__: Any) -> Any:
+    """The pairs are tokens already; TRL would look for their text."""
+    return dataset
+
+
+def _cpt(how: str) -> Callable[[Setting], Any]:
+    """Continued pretraining on equal blocks: ours; Trainer with documents apart; Trainer with documents leaking."""
+
+    def make(setting: Setting) -> Any:
+        import torch
+        from transformers import Trainer, TrainingArguments
+
+        from fmops.adapters.packing import Block, collate
+        from fmops.adapters.transformers_pretrain import PretrainTrainer
+
+        blocks = [Block(np.asarray(ids, dtype=np.int32), lengths) for ids, lengths in setting.blocks()]
+
+        def stacked(rows: list[Block]) -> dict[str, Any]:
+            batches = [collate([row]) for row in rows]
+            kept = ["input_ids", "labels", *(["position_ids"] if how == "apart" else [])]
+            return {name: torch.cat([batch[name] for batch in batches]) for name in kept} | {"use_cache": False}
+
+        kind = _unwatched(PretrainTrainer) if how == "ours" else Trainer
+        return kind(
+            model=_model(setting, fast=how == "ours"),
+            args=TrainingArguments(**_arguments(setting, batch=BLOCKS_A_STEP), remove_unused_columns=False),
+            train_dataset=blocks,
+            data_collator=collate if how == "ours" else stacked,
+        )
+
+    return make
+
+
+def _unwatched(kind: type) -> type:
+    """Our trainer outside a stage: the same steps without the watch over them."""
+    from fmops.adapters.trainer import Guarded
+
+    def past_the_watch(name: str) -> Callable[..., Any]:
+        return lambda self, *args, **kwargs: getattr(super(Guarded, self), name)(*args, **kwargs)
+
+    return type("Unwatched", (kind,), {name: past_the_watch(name) for name in ("training_step", "_clip_grad_norm")})
+
+
+def _sft_work(setting: Setting, model: Any) -> dict[str, Any]:
+    samples = setting.samples()
+    read = sum(len(ids) for ids, _ in samples)
+    learnt = sum(len(ids) - prompt for ids, prompt in samples)
+    return {"units": read, "unit": "tokens", "useful_gflop": _gflop(setting, read=read, learnt=learnt)}
+
+
+def _dpo_work(setting: Setting, model: Any) -> dict[str, Any]:
+    pairs = setting.pairs()
+    learnt = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
+    read = learnt + sum(len(pair["prompt_ids"]) for pair in pairs)
+    # Forward and backward of the policy, forward of the reference; the prompt once.
+    return {"units": len(pairs), "unit": "pairs", "useful_gflop": _gflop(setting, read=read, learnt=learnt) * 4 / 3}
+
+
+def _cpt_work(setting: Setting, model: Any) -> dict[str, Any]:
+    read = setting.steps * BLOCKS_A_STEP * BLOCK
+    return {"units": read, "unit": "tokens", "useful_gflop": _gflop(setting, read=read, learnt=read)}
+
+
+def _gflop(setting: Setting, *, read: int, learnt: int) -> float:
+    """Six operations a weight and token of full tuning (Kaplan et al. 2020): body where read, head where learnt.
+
+    Attention's own products are left out; for LoRA it is the work of full tuning, so its MFU may pass 1.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(setting.folder)
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for p in model.base_model.layers.parameters())
+    return 6 * (body * read + head * learnt) / 1e9
+
+
+ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting, Any], dict[str, Any]]]] = {
+    "sft": (_sft("full"), _sft_work),
+    "sft_lora": (_sft("lora"), _sft_work),
+    "sft_lora_peft": (_sft("peft"), _sft_work),
+    "sft_bfloat16": (_sft("full", bf16=True), _sft_work),
+    "sft_trl_padded": (_sft_trl(packing=False), _sft_work),
+    "sft_trl_packed": (_sft_trl(packing=True), _sft_work),
+    "dpo": (_dpo(fast=True), _dpo_work),
+    "dpo_trl": (_dpo(fast=False), _dpo_work),
+    "cpt": (_cpt("ours"), _cpt_work),
+    "cpt_trainer": (_cpt("apart"), _cpt_work),
+    "cpt_trainer_leaking": (_cpt("leaking"), _cpt_work),
+}
+"""Name → what makes the trainer, and the work it does."""
