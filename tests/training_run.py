@@ -32,6 +32,12 @@ def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1
         "out": out,
         "context": StageContext(seed=7, stream=stream, micro_batch_parts=parts),
     }
+    if stage.startswith("long-"):
+        # For `benchmarks.checkpoints`: so many resume states over a longer run.
+        lasting = Pretrain(
+            tokens=100_000, batch_tokens=512, learning_rate=1e-4, evaluations=1, checkpoints=int(stage[5:])
+        )
+        return pretrain(lasting, corpus=a_corpus(inputs / "corpus", model), **common)
     if stage == "pretrain":
         # A generous ceiling: every measured step's weights are kept, and must come back too.
         config = Pretrain(tokens=900, batch_tokens=128, learning_rate=1e-3, checkpoints=3, old_domain_ceiling=9.0)

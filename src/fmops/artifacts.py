@@ -54,8 +54,8 @@ class Corpus(Artifact):
 
     Files: `train/*.parquet` (columns `input_ids`: list<int32>, `lengths`: list<int32>, the token count of each
     document piece in the block, in order, summing to len(input_ids)); `held_out/new.jsonl` and `held_out/old.jsonl`
-    (rows `id`, `text`, `source`); `documents.jsonl` (one row a kept document: `id`, `source`, `sha256`, `tokens`); `contaminated.jsonl` (rows `task`, `sample`: the benchmark items that
-    the raw documents held).
+    (rows `id`, `text`, `source`); `documents.jsonl` (one row a kept document: `id`, `source`, `sha256`,
+    `tokens`); `contaminated.jsonl` (rows `task`, `sample`: the benchmark items that the raw documents held).
     """
 
     kind: ClassVar[str] = "corpus"
@@ -112,7 +112,8 @@ class Checkpoint(Artifact):
     """Weights and tokenizer in `model/` (safetensors, Hugging Face layout), LoRA already merged.
 
     Beside it: `curve.jsonl` (one row a logged step: `step`, `tokens`, `loss`, and at evaluations
-    `new_bits_per_byte`, `old_bits_per_byte`), `adapter/` where LoRA was trained.
+    `new_bits_per_byte`, `old_bits_per_byte`), `adapter/` where LoRA was trained, `quarantine.jsonl` where steps
+    were not applied (`step`, `why`, `item`, `blocks`).
     """
 
     kind: ClassVar[str] = "checkpoint"
