@@ -40,9 +40,13 @@ class House:
         self.folder, self.now = folder, 0.0
         self.routes = RoutesFile(folder / "routes.json")
         self.routes.compare_and_swap(Routes(champion=Target(release="old")), expected=self.routes.current().version)
+        self.children: list[subprocess.Popen] = []
         self.supervisor = self.another()
 
     def another(self) -> Supervisor:
+        """The next supervisor; the one before has died."""
+        if hasattr(self, "supervisor"):
+            self.children += [one.child for one in self.supervisor._watched.values() if one.child]
         self.supervisor = Supervisor(self.folder, self.routes, engine=engine, services={}, clock=lambda: self.now)
         self.supervisor.adopt()
         return self.supervisor
@@ -71,6 +75,8 @@ def house(tmp_path):
     yield made
     made.supervisor.stop()
     made.supervisor._end_all()
+    for child in made.children:
+        child.wait(20)
 
 
 def test_an_engine_gets_its_traffic_once_it_answers(house):
@@ -169,4 +175,4 @@ def test_what_a_dead_supervisor_left_is_ended_by_its_number_and_start(house):
     assert not is_running(running.pid, running.created)
     assert read_state(house.folder) is None
     # The double has no child of its own any more.
-    house.supervisor._watched.clear()
+    house.another()

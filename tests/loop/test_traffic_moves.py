@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 from gateway_process import HELLO, asking, gateway, until
 
-from benchmarks.rollout import find_fault, open_loop
+from benchmarks.rollout import capacity, find_fault, open_loop
 from fmops.deployment.serving.gateway.desk import Limits
 from fmops.deployment.serving.routes import Routes, Target
 from fmops.deployment.serving.server import bind
@@ -56,7 +56,10 @@ def test_ramp_promotion_and_rollback_under_load_lose_no_request(tmp_path):
             (0.6, lambda: move(champion=target(new), challenger=target(old), canary_share=0.5)),
             (0.8, lambda: move(champion=target(new))),
         ]
-        outcomes = asyncio.run(open_loop(door.url, door.secret, rate=200, requests=REQUESTS, moves=moves))
+        most = asyncio.run(capacity(door.url, door.secret, requests=200))
+        outcomes = asyncio.run(
+            open_loop(door.url, door.secret, rate=min(200, most / 2), requests=REQUESTS, moves=moves)
+        )
     assert [outcome.fault for outcome in outcomes if outcome.fault] == []
     assert {outcome.release for outcome in outcomes} == {"release-old", "release-new"}
     assert {outcome.release for outcome in outcomes[-60:]} == {"release-new"}

@@ -196,8 +196,8 @@ class Upstream:
 
 def _reason(error: BaseException) -> str:
     """In words for a client: no address of ours."""
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
+        return "the engine cannot be reached"
     if isinstance(error, TimeoutError):
         return "the engine was silent for too long"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return "the engine cannot be reached"
     return "the engine broke off"
