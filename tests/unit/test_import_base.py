@@ -96,8 +96,9 @@ def test_code_in_a_model_is_refused(folder, tmp_path, context):
         import_base(ImportJob(), source=source_of(folder), out=tmp_path / "out", context=context)
 
 
-def test_auto_map_is_refused(folder, tmp_path, context):
-    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_auto_map_is_refused(name, folder, tmp_path, context):
+    edit(folder / name, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
     with pytest.raises(FmopsError, match="brings its own code, which is never run"):
         import_base(ImportJob(), source=source_of(folder), out=tmp_path / "out", context=context)
 
@@ -195,3 +196,12 @@ def write_gguf(model: Path, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for m in messages %}"])
+def test_a_chat_template_that_breaks_or_breaks_out_is_refused_before_anything_is_trained(
+    template, folder, tmp_path, context
+):  # fmt: skip
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(FmopsError, match="chat template of the base model cannot be rendered"):
+        import_base(ImportJob(), source=source_of(folder), out=tmp_path / "out", context=context)

@@ -8,11 +8,11 @@ import shutil
 import pytest
 
 from fmops.adapters.signing import make_keys
-from fmops.traces import DayLog, Trace
 from fmops.errors import FmopsError, IntegrityError
 from fmops.orchestration.lineage import render_answer, render_bom
 from fmops.orchestration.recall import recall, render_recall
 from fmops.orchestration.signatures import PRIVATE_KEY, PUBLIC_KEY, check_release, sign_release, signature_path
+from fmops.traces import DayLog, Trace
 from tests.example_run import write_example
 
 

@@ -9,10 +9,30 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from fmops.errors import FmopsError
+
+
+def check_template(model: Path) -> None:
+    """Render one dialogue, so that a template that breaks, or breaks out, is found before anything is trained.
+
+    Raises:
+        FmopsError: the chat template cannot be rendered in the sandbox.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    if not tokenizer.chat_template:
+        return
+    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+    try:
+        tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise FmopsError(
+            f"the chat template of the base model cannot be rendered: {error}. Name another base, or mend its "
+            "chat_template."
+        ) from None
 
 
 class DocumentTokenizer:

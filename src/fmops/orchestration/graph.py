@@ -1,7 +1,7 @@
 """The spec as a graph of stages.
 
 Enters: a `Lifecycle`. Leaves: nodes in the order they run, each with its config, its inputs and why it is there.
-Refuses: nothing; the spec has been validated before.
+Refuses: a family under `gate` that no suite measures; everything else in the spec has been validated before.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fmops.artifacts import Frozen
+from fmops.errors import unknown
 from fmops.jobs import (
     BenchmarksJob,
     CorpusPart,
@@ -101,8 +102,13 @@ class _Builder:
         spec = self.spec
         self.add("base", "import", ImportJob(), {"source": (spec.base,)})
         if spec.evaluate:
-            from fmops.evaluation.suites import packaged_texts, suite_sources
+            from fmops.evaluation.suites import load_suite, packaged_texts, suite_sources
 
+            families = {load_suite(name, root=self.root).family for name in spec.evaluate.suites}
+            for family in (*spec.gate.margins, *spec.gate.primary) if spec.gate else ():
+                # Found out by the gate itself, it would cost the whole training.
+                if family not in families:
+                    raise unknown("family under gate", family, families)
             pinned = {name: (uri,) for name, uri in suite_sources(spec.evaluate.suites, root=self.root).items()}
             # With rotation all items are pinned, and kept out of the training data; a round asks some of them.
             job = BenchmarksJob(

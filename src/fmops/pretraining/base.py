@@ -54,8 +54,10 @@ def import_base(config: ImportJob, *, source: Source, out: Path, context: StageC
         licence = _licence(source)
     settle_special_tokens(model, context=context)
     from fmops.adapters.model_files import check_loads
+    from fmops.adapters.tokens import check_template
 
     check_loads(model)
+    check_template(model)
     if licence is None:
         context.note("the base model states no licence; the release will say so")
     return Checkpoint(
@@ -124,6 +126,9 @@ def _copy_folder(source: Source, model: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if name not in files:
             raise FmopsError(f"{source.uri} lacks {name}. Name a folder that has it beside config.json.")
+    for name in sorted(files):
+        if name.endswith(".json") and KEPT.fullmatch(name) and "auto_map" in _top(files[name]):
+            raise FmopsError(f"{name} has auto_map: the model brings its own code, which is never run. Name another.")
     _check_config(configs[0])
     weights = sorted(name for name in files if name.endswith(".safetensors"))
     if not weights:
@@ -137,10 +142,17 @@ def _copy_folder(source: Source, model: Path) -> None:
         _header(model / name)
 
 
+def _top(file: SourceFile) -> dict[str, Any]:
+    """A JSON file's object; an empty one for a file that holds a list."""
+    try:
+        value = json.loads(file.path.read_text("utf-8"))
+    except ValueError as error:
+        raise FmopsError(f"{file.name} is not valid JSON: {error}. Fetch it again.") from error
+    return value if isinstance(value, dict) else {}
+
+
 def _check_config(file: SourceFile) -> None:
     config = _read_json(file.path)
-    if "auto_map" in config:
-        raise FmopsError(f"{file.name} has auto_map: the model brings its own code, which is never run. Name another.")
     if "quantization_config" in config:
         raise FmopsError(f"{file.name} says the weights are quantised; they cannot be trained. Name the full weights.")
 
