@@ -11,8 +11,9 @@ same shape. Nothing is drawn at random: equal documents give equal questions, in
 from __future__ import annotations
 
 import hashlib
+import heapq
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,16 +40,27 @@ def make_questions(documents: Iterable[Document]) -> list[Document]:
     known = {row["id"]: set(_WORD.findall(row["text"])) for row in documents}
     spread = Counter(word for words in known.values() for word in words)
     most = max(1, round(COMMON * len(documents)))
-    terms = sorted(word for word, count in spread.items() if count <= most and _is_term(word))
+    terms = _Terms(word for word, count in spread.items() if count <= most and _is_term(word))
     items = []
     for row in documents:
-        made = 0
+        made: list[Document] = []
         for sentence in _sentences(row):
             question = _question(row, sentence, terms, known[row["id"]], spread)
-            if question and made < QUESTIONS_A_DOCUMENT:
-                made += 1
-                items.append(question)
+            made += [question] if question else []
+            if len(made) == QUESTIONS_A_DOCUMENT:
+                break
+        items += made
     return items
+
+
+class _Terms:
+    """The corpus' terms, by shape; each with a number that breaks ties in no one's favour."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.lots = {word: int(_digest(word)[:8], 16) for word in words}
+        self.alike: defaultdict[tuple[bool, bool, str], list[str]] = defaultdict(list)
+        for word in sorted(self.lots):
+            self.alike[_shape(word)].append(word)
 
 
 def _is_term(word: str) -> bool:
@@ -63,24 +75,28 @@ def _sentences(row: Document) -> list[re.Match[str]]:
 
 
 def _question(
-    row: Document, sentence: re.Match[str], terms: list[str], own: set[str], spread: Counter[str]
+    row: Document, sentence: re.Match[str], terms: _Terms, own: set[str], spread: Counter[str]
 ) -> Document | None:
-    wanted = set(terms)
     # The first words of a sentence have too little before them.
-    gaps = [match for match in list(_WORD.finditer(sentence.group()))[3:] if match.group() in wanted]
+    gaps = [match for match in list(_WORD.finditer(sentence.group()))[3:] if match.group() in terms.lots]
     if not gaps:
         return None
     gap = min(gaps, key=lambda match: (spread[match.group()], _digest(row["id"], match.group())))
     term = gap.group()
-    others = [other for other in terms if other not in own and _shape(other) == _shape(term)]
-    others.sort(
-        key=lambda other: (abs(spread[other] - spread[term]), abs(len(other) - len(term)), _digest(term, other))
+    others = heapq.nsmallest(
+        CHOICES - 1,
+        (other for other in terms.alike[_shape(term)] if other not in own),
+        key=lambda other: (
+            abs(spread[other] - spread[term]),
+            abs(len(other) - len(term)),
+            terms.lots[other] ^ terms.lots[term],
+        ),
     )
     if len(others) < CHOICES - 1:
         return None
     start = sentence.start() + gap.start()
     rest = sentence.group()[gap.end() :]
-    choices = sorted([term, *others[: CHOICES - 1]], key=lambda choice: _digest(row["id"], sentence.group(), choice))
+    choices = sorted([term, *others], key=lambda choice: _digest(row["id"], sentence.group(), choice))
     return {
         "id": f"{row['id']}#{_digest(sentence.group())[:12]}",
         "cluster": row["id"],
