@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -63,31 +64,32 @@ def main() -> None:
     if given.quick:
         given.pairs, given.threads, given.steps = 1, [1], 2
     shapes = [given.model] if given.only_model else [None, *([given.model] if given.model else [])]
-    tables = []
-    for shape in shapes:
-        for threads in given.threads:
-            runs = _alternate(given, shape, threads)
-            tables.append(_table(runs, shape, threads, given.ratios))
-            print(_render(tables[-1]), flush=True)
     target = given.results / f"training-{date.today()}.json"
     given.results.mkdir(parents=True, exist_ok=True)
-    _add(target, tables)
+    for shape in shapes:
+        for threads in given.threads:
+            for runs in _alternate(given, shape, threads):
+                table = _table(runs, shape, threads, given.ratios)
+                # After every round: a run that is stopped keeps what it has measured.
+                _add(target, table)
+            print(_render(table), flush=True)
     print(target)
 
 
-def _add(target: Path, tables: list[dict[str, Any]]) -> None:
-    """Write the tables beside what the file holds; arms and ratios measured again replace the earlier ones."""
+def _add(target: Path, table: dict[str, Any]) -> None:
+    """Write the table beside what the file holds; arms and ratios measured again replace the earlier ones."""
     held = json.loads(target.read_text())["tables"] if target.is_file() else []
     known = {(table["shape"], table["threads"]): table for table in held}
-    for table in tables:
-        earlier = known.setdefault((table["shape"], table["threads"]), table)
-        for part in ("arms", "ratios"):
-            earlier[part] |= table[part]
+    earlier = known.setdefault((table["shape"], table["threads"]), table)
+    for part in ("arms", "ratios"):
+        earlier[part] |= table[part]
     target.write_text(json.dumps({"machine": _machine(), "tables": list(known.values())}, indent=1) + "\n")
 
 
-def _alternate(given: argparse.Namespace, shape: Path | None, threads: int) -> dict[str, list[dict[str, Any]]]:
-    """Every arm once a round, in turn."""
+def _alternate(
+    given: argparse.Namespace, shape: Path | None, threads: int
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Every arm once a round, in turn; yields all runs so far after each round."""
     arms = list(dict.fromkeys(arm for name in given.ratios for arm in RATIOS[name]))
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for _ in range(given.pairs):
@@ -102,7 +104,7 @@ def _alternate(given: argparse.Namespace, shape: Path | None, threads: int) -> d
                 check=True,
             )
             runs[arm].append(json.loads(ended.stdout.splitlines()[-1]))
-    return runs
+        yield runs
 
 
 def _one(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[str, Any]:

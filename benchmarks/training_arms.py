@@ -178,7 +178,7 @@ def _sft(adapter: str, *, bf16: bool = False) -> Callable[[Setting], Any]:
         return _unwatched(SftTrainer)(
             model=model,
             args=SFTConfig(
-                **_arguments(setting, batch=math.ceil(len(blocks) / setting.steps)) | {"bf16": bf16},
+                **_arguments(setting, batch=1, accumulate=math.ceil(len(blocks) / setting.steps)) | {"bf16": bf16},
                 dataset_kwargs={"skip_prepare_dataset": True},
                 max_length=None,
                 remove_unused_columns=False,
@@ -276,9 +276,12 @@ def _cpt(how: str) -> Callable[[Setting], Any]:
             return {name: torch.cat([batch[name] for batch in batches]) for name in kept} | {"use_cache": False}
 
         kind = _unwatched(PretrainTrainer) if how == "ours" else Trainer
+        batch = 1 if how == "ours" else BLOCKS_A_STEP
         return kind(
             model=_model(setting, fast=how == "ours"),
-            args=TrainingArguments(**_arguments(setting, batch=BLOCKS_A_STEP), remove_unused_columns=False),
+            args=TrainingArguments(
+                **_arguments(setting, batch=batch, accumulate=BLOCKS_A_STEP // batch), remove_unused_columns=False
+            ),
             train_dataset=blocks,
             data_collator=collate if how == "ours" else stacked,
         )

@@ -244,5 +244,6 @@ def test_a_shared_prompt_is_read_once_and_no_padding_ever():
 def test_micro_batches_divide_the_step_and_depend_on_the_blocks_alone():
     plan = plan_training([512] * 40, tokens=40 * 512, batch_tokens=6144, seed=0)
     assert plan.blocks_per_step == 12
-    assert micro_batch(plan, [512] * 40) == 6
+    assert micro_batch(plan, [512] * 40) == 2
+    assert micro_batch(plan, [200] * 40) == 4
     assert micro_batch(plan, [9000] * 40) == 1
