@@ -187,6 +187,29 @@ def test_one_file_is_a_suite(pinned, tmp_path, tiny_model, context):
     assert all("response" in row for row in read_lines(tmp_path / "scored" / "samples.jsonl"))
 
 
+def test_a_rotating_round_asks_items_of_its_own_and_both_models_the_same(pinned, tmp_path, tiny_model, context):
+    from fmops.artifacts import Checkpoint
+
+    items = "".join(f"      - {{prompt: Count to {n}., checks: [{{words_at_most: 50}}]}}\n" for n in range(30))
+    benchmarks = pinned(OWN[: OWN.index("      - {prompt")] + items)
+    asked = {}
+    for turn, rotation in enumerate(("one", "one", "two", None)):
+        out = tmp_path / str(turn)
+        out.mkdir()
+        evaluate(
+            EvaluateJob(limit=3, rotation=rotation),
+            checkpoint=Checkpoint(path=tiny_model.parent, stage="base", parameters=1, trained_tokens=0),
+            benchmarks=benchmarks,
+            out=out,
+            context=context,
+        )
+        asked[turn] = [row["sample"] for row in read_lines(out / "samples.jsonl")]
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == len(asked[2]) == 3
+    assert set(asked[0]) != set(asked[2])
+    assert len(asked[3]) == 30  # without rotation the benchmarks have chosen already
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "told"),
     [
