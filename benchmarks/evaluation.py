@@ -163,17 +163,33 @@ def measure(
             spent, results[side] = timed(getattr(harness, kind), items if side == "ours" else items[::step])
             seconds[side].append(round(spent, 5))
             peaks[side] = max(peaks.get(side, 0), round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-    best = min((side for side in seconds if side != "ours"), key=lambda side: statistics.median(seconds[side]))
-    return {
-        "items": len(items), "items_hf": len(items[::step]), "requests": sum(map(len, items)), "rounds": rounds,
-        "cpu_seconds_per_item": seconds, "hf": best,
-        "ratio": round(statistics.median(seconds[best]) / statistics.median(seconds["ours"]), 2),
-        "ratio_range": [
-            round(min(seconds[best]) / max(seconds["ours"]), 2), round(max(seconds[best]) / min(seconds["ours"]), 2)
-        ],
-        "peak_mb": peaks,
+    best = next(side for side in seconds if side != "ours")
+    return rated({
+        "items": len(items), "items_hf": len(items[::step]), "requests": sum(map(len, items)),
+        "cpu_seconds_per_item": seconds, "peak_mb": peaks,
         **agreement(items[::step], results["ours"][::step], results[best], lm, kind),
+    })  # fmt: skip
+
+
+def rated(case: dict[str, Any]) -> dict[str, Any]:
+    """A case with its ratio: medians over rounds, the better one of the hf backend's batch sizes."""
+    seconds = case["cpu_seconds_per_item"]
+    best = min((side for side in seconds if side != "ours"), key=lambda side: statistics.median(seconds[side]))
+    theirs, ours = seconds[best], seconds["ours"]
+    return {
+        **case, "hf": best, "ratio": round(statistics.median(theirs) / statistics.median(ours), 2),
+        "ratio_range": [round(min(theirs) / max(ours), 2), round(max(theirs) / min(ours), 2)],
     }  # fmt: skip
+
+
+def joined(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """More rounds of a case that was measured before on the same items."""
+    same = ("items", "items_hf", "requests")
+    if not before or any(before[name] != found[name] for name in same):
+        return found
+    first, more = before["cpu_seconds_per_item"], found["cpu_seconds_per_item"]
+    seconds = {side: first.get(side, []) + more.get(side, []) for side in {**first, **more}}
+    return rated({**found, "cpu_seconds_per_item": seconds})
 
 
 def agreement(
@@ -205,7 +221,7 @@ def spread(lm: SharedPrefixLM, model: Any, *, scale: float) -> dict[str, Any]:
     Items of `mc_0shot_long_answers` and texts of `rolling`; the largest difference of an answer's sum, by kind.
     """
     found: dict[str, Any] = {}
-    for name, count in (("mc_0shot_long_answers", 60), ("rolling", 12)):
+    for name, count in (("mc_0shot_long_answers", 20), ("rolling", 4)):
         case = CASES[name]
         items = [each for item in requests(name, case, lm)[: max(2, int(count * scale))] for each in item]
         kind = case.config["output_type"].replace("multiple_choice", "loglikelihood")
@@ -246,12 +262,17 @@ def load(folder: Path) -> tuple[SharedPrefixLM, Any]:
     return lm, model
 
 
-def write(path: Path, model: str, found: dict[str, Any], spread: dict[str, Any] | None = None) -> None:
-    """Merge one model's cases into the results file, so that a long measurement can be made in parts."""
+def write(
+    path: Path, model: str, parameters: int, found: dict[str, Any], *, spread: dict[str, Any] | None = None
+) -> None:
+    """Add one model's cases, and more rounds of them, to the results file: a long measurement can be made in parts.
+
+    The file's own `ratios` are those of its largest model.
+    """
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"models": {}}
     before = report["models"].setdefault(model, {"cases": {}})
-    cases = before["cases"] | found
-    exact = [case["max_abs_loglik_difference"] for name, case in cases.items() if name not in ("rolling",)
+    cases = before["cases"] | {name: joined(before["cases"].get(name), case) for name, case in found.items()}
+    exact = [case["max_abs_loglik_difference"] for name, case in cases.items() if name != "rolling"
              and "max_abs_loglik_difference" in case]  # fmt: skip
     report["models"][model] = {
         "ratios": {f"{name}_vs_hf": case["ratio"] for name, case in sorted(cases.items())},
@@ -259,8 +280,12 @@ def write(path: Path, model: str, found: dict[str, Any], spread: dict[str, Any] 
         "items_that_differ": sum(case["items_that_differ"] for case in cases.values()),
         "cases": dict(sorted(cases.items())),
         "spread": spread or before.get("spread"),
+        "parameters": parameters,
     }
+    largest = max(report["models"].values(), key=lambda entry: entry.get("parameters", 0))
     report |= {
+        "ratios": largest["ratios"], "max_abs_loglik_difference": largest["max_abs_loglik_difference"],
+        "items_that_differ": largest["items_that_differ"],
         "command": "python -m benchmarks.evaluation", "unit": "CPU seconds an item, one thread, float32",
         "versions": {**versions(), "lm-eval": version("lm-eval"), "python": platform.python_version()},
         "machine": _processor(),
@@ -292,7 +317,7 @@ def main() -> None:
         rounding = spread(lm, model, scale=0.1 if given.quick else 1)
         print(json.dumps(rounding, indent=1))
         if not given.quick:
-            write(path, given.name or given.model.name, {}, rounding)
+            write(path, given.name or given.model.name, lm.model.num_parameters(), {}, spread=rounding)
         return
     print(f"{'case':<22} {'items':>5} {'hf':>4} {'ours s/item':>11} {'hf s/item':>10} {'ratio':>6}  range, differences")
     for name in given.only:
@@ -309,7 +334,7 @@ def main() -> None:
             flush=True,
         )
         if not given.quick:
-            write(path, given.name or given.model.name, {name: found})
+            write(path, given.name or given.model.name, lm.model.num_parameters(), {name: found})
 
 
 if __name__ == "__main__":
