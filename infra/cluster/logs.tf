@@ -17,3 +17,10 @@ resource "aws_cloudwatch_log_group" "pods" {
   retention_in_days = 365
   kms_key_id        = aws_kms_key.data.arn
 }
+
+resource "aws_cloudwatch_log_group" "metadata" {
+  for_each          = toset([for pair in setproduct(local.databases, local.database_logs) : join("/", pair)])
+  name              = "/aws/rds/instance/${var.name}-${each.key}"
+  retention_in_days = 365
+  kms_key_id        = aws_kms_key.data.arn
+}

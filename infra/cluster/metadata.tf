@@ -1,6 +1,11 @@
 # A small PostgreSQL each for Dagster and MLflow. Both can be rebuilt from the artifacts' records; two databases, since
 # each migrates its own. AWS makes the passwords, keeps them in Secrets Manager and changes them every week.
 
+locals {
+  databases     = ["dagster", "mlflow"]
+  database_logs = ["postgresql", "upgrade"]
+}
+
 resource "aws_db_subnet_group" "metadata" {
   name       = "${var.name}-metadata"
   subnet_ids = [for subnet in aws_subnet.control_plane : subnet.id]
@@ -53,7 +58,7 @@ resource "aws_db_instance" "metadata" {
   # checkov:skip=CKV_AWS_353: performance insights cost more than they tell about a database this small
   # checkov:skip=CKV_AWS_161: Dagster and MLflow sign in with the password that AWS rotates
   # checkov:skip=CKV_AWS_293: deletion protection follows keep_data, true by default
-  for_each                        = toset(["dagster", "mlflow"])
+  for_each                        = toset(local.databases)
   identifier                      = "${var.name}-${each.key}"
   db_name                         = each.key
   engine                          = "postgres"
@@ -75,8 +80,9 @@ resource "aws_db_instance" "metadata" {
   auto_minor_version_upgrade      = true
   backup_retention_period         = 14
   copy_tags_to_snapshot           = true
-  enabled_cloudwatch_logs_exports = ["postgresql", "upgrade"]
+  enabled_cloudwatch_logs_exports = local.database_logs
   deletion_protection             = var.keep_data
   skip_final_snapshot             = !var.keep_data
   final_snapshot_identifier       = "${var.name}-${each.key}-last"
+  depends_on                      = [aws_cloudwatch_log_group.metadata]
 }

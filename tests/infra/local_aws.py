@@ -24,6 +24,7 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
 ACCOUNT = "123456789012"  # moto's
+KEYS = {"aws_access_key_id": "local", "aws_secret_access_key": "local"}
 ROUTE = re.compile(
     r"^/clusters/(?P<cluster>[^/]+)/(?P<kind>addons|access-entries|pod-identity-associations)(?P<rest>/.*)?$"
 )

@@ -51,7 +51,7 @@ def test_counts_in_the_price_table_are_those_of_the_code():
     assert counts["system nodes"] == int(re.search(r"desired_size = (\d+)", code)[1])
     endpoints = re.search(r"interface_endpoints = toset\(\[(.*?)\]\)", code, re.DOTALL)[1].count('"') // 2
     assert counts["interface endpoints in three zones"] == 3 * endpoints
-    assert counts["databases"] == len(re.search(r'for_each += toset\((\["dagster", "mlflow"\])\)', code)[1].split(","))
+    assert counts["databases"] == len(re.search(r"databases += \[(.*)\]", code)[1].split(","))
     assert counts["keys"] == code.count('resource "aws_kms_key"')
     assert counts["NAT gateways"] == counts["their addresses"] == 3
     least = float(re.search(r"var.monthly_budget_usd >= (\d+)", code)[1])
@@ -152,8 +152,9 @@ def test_the_store_test_sees_a_role_that_may_delete():
             "AWS_ACCESS_KEY_ID": "local",
             "AWS_SECRET_ACCESS_KEY": "local",
         }
-        keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local"}
-        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **keys).create_bucket(Bucket="artifacts")
+        boto3.client("s3", endpoint_url=address, region_name="us-east-1", **local_aws.KEYS).create_bucket(
+            Bucket="artifacts"
+        )
         command = [sys.executable, str(INFRA / "validation/files/store.py"), "artifacts"]
         done = subprocess.run(command, env=os.environ | aws, capture_output=True, text=True)
     assert done.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -251,6 +252,18 @@ def test_closed_namespaces_reach_no_metadata_service():
 def test_the_alerts_are_those_that_fmops_ships():
     shipped = yaml.safe_load((PLATFORM / "../../src/fmops/deployment/monitoring/prometheus/alerts.yaml").read_text())
     assert find("PrometheusRule", "fmops")["spec"] == shipped
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_prometheus_takes_the_rules(profile, tmp_path):
+    if not shutil.which("promtool"):
+        pytest.skip("no promtool on PATH: it comes with Debian's package prometheus")
+    for manifest in manifests(profile):
+        if manifest["kind"] == "PrometheusRule":
+            page = tmp_path / f"{manifest['metadata']['name']}.yaml"
+            page.write_text(yaml.safe_dump(manifest["spec"]))
+            done = subprocess.run(["promtool", "check", "rules", str(page)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
 
 
 def test_a_platform_without_a_revision_is_refused():

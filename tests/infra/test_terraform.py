@@ -145,13 +145,7 @@ def applied(environment, tmp_path_factory):
             text=True,
         )
         try:
-            client = boto3.client(
-                "s3",
-                endpoint_url=address,
-                region_name="us-east-1",
-                aws_access_key_id="local",
-                aws_secret_access_key="local",
-            )
+            client = boto3.client("s3", endpoint_url=address, region_name="us-east-1", **local_aws.KEYS)
             # moto takes «deny without TLS» for «deny»: our own state bucket cannot be used over plain HTTP.
             client.create_bucket(Bucket="states")
             lines = [
@@ -203,6 +197,13 @@ def test_the_cluster_is_made_and_leaves_nothing(applied):
     accounts = {(one["namespace"], one["serviceAccount"]) for one in extras.associations.values()}
     assert {("kube-system", "karpenter"), ("fmops-train", "stages"), ("fmops-serve", "predictor")} <= accounts
     assert client.get_bucket_versioning(Bucket=f"fmops-state-{local_aws.ACCOUNT}-us-east-1")["Status"] == "Enabled"
+
+    # IAM takes 10,240 characters of inline policies in a role; the local AWS counts nothing.
+    iam = boto3.client("iam", endpoint_url=aws["AWS_ENDPOINT_URL"], region_name="us-east-1", **local_aws.KEYS)
+    for role in iam.list_roles()["Roles"]:
+        for policy in iam.list_role_policies(RoleName=role["RoleName"])["PolicyNames"]:
+            document = iam.get_role_policy(RoleName=role["RoleName"], PolicyName=policy)["PolicyDocument"]
+            assert len(json.dumps(document, separators=(",", ":"))) < 10_240, role["RoleName"]
 
     # The platform's values come out as its charts read them.
     values = yaml.safe_load(terraform(cluster, aws, "output", "-raw", "platform"))["cluster"]
