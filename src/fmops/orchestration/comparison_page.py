@@ -21,13 +21,18 @@ CHARACTERS_SHOWN = 1500
 SCRIPT = """
 const rows = [...document.querySelectorAll("#moved tbody tr")];
 const texts = rows.map(row => row.textContent.toLowerCase());
+const search = document.getElementById("search");
 const count = document.getElementById("count");
-document.getElementById("search").addEventListener("input", event => {
-  const wanted = event.target.value.toLowerCase();
+const filter = () => {
+  const wanted = search.value.toLowerCase();
   rows.forEach((row, place) => { row.hidden = !texts[place].includes(wanted); });
   count.textContent = `${rows.filter(row => !row.hidden).length} of ${rows.length}`;
-});
+};
+search.addEventListener("input", filter);
+search.value = decodeURIComponent(location.hash.slice(1));
+filter();
 """
+"""Filters the table; what stands after # in the address is searched at once, so that a search can be passed on."""
 TONES = {"promote": "good", "reject": "bad", "need more data": "open"}
 
 
