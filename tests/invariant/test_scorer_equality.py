@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from fmops.adapters import pool_attention
@@ -267,3 +270,29 @@ def test_scores_are_bit_equal_from_run_to_run(ours):
     requests = choices(9)
     assert ours.loglikelihood(requests) == ours.loglikelihood(requests)
     assert torch.get_num_threads() == 1
+
+
+def test_a_task_file_of_the_harness_runs_unchanged(ours, theirs, tmp_path):
+    rng = random.Random(16)
+    rows = [{"q": text(rng, 8), "options": [text(rng, 2), text(rng, 3)], "gold": n % 2} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "quiz.yaml").write_text(f"""
+task: own_quiz
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}, cache_dir: {tmp_path}/cache}}
+test_split: test
+fewshot_split: test
+num_fewshot: 2
+output_type: multiple_choice
+doc_to_text: "Q: {{{{q}}}}\\nA:"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc}}]
+""")
+    scores = []
+    for lm in (ours, theirs):
+        tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        found = simple_evaluate(lm, tasks=["own_quiz"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
+        scores.append([sample["acc"] for sample in found["samples"]["own_quiz"]])
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 12
