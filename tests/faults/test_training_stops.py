@@ -90,7 +90,7 @@ def test_a_process_that_computes_or_whose_child_does_is_alive():
 
 def test_idleness_is_counted_from_the_last_event_or_computation():
     now, used = [0.0], [1.0]
-    pulse = Pulse(1, clock=lambda: now[0], cpu_seconds=lambda _: used[0])
+    pulse = Pulse(1, period_s=5.0, clock=lambda: now[0], cpu_seconds=lambda _: used[0])
     assert pulse.idle_s() == 0
     now[0], used[0] = 10.0, 1.01
     assert pulse.idle_s() == 10  # a hundredth of a second is an idle interpreter, no life
@@ -99,6 +99,10 @@ def test_idleness_is_counted_from_the_last_event_or_computation():
     assert pulse.idle_s() == 5
     now[0], used[0] = 20.0, 2.0
     assert pulse.idle_s() == 0
+    now[0] = 620.0
+    assert pulse.idle_s() == 0  # nobody looked for ten minutes: the launcher was stopped, too
+    now[0] = 630.0
+    assert pulse.idle_s() == 10
 
 
 def starve(monkeypatch: pytest.MonkeyPatch, *, rows: int) -> None:

@@ -97,7 +97,7 @@ def _attempt(
         _sigterm_passed_on(process),
     ):
         assert process.stdout is not None
-        pulse = Pulse(process.pid)
+        pulse = Pulse(process.pid, period_s=min(5.0, idle_s / 4))
         try:
             with killed_when_idle(process, pulse, idle_s=idle_s) as hung:
                 for line in process.stdout:

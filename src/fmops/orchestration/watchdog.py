@@ -20,6 +20,7 @@ IDLE_S = 300.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 BREATH_S = 0.05
 """Processor time between two looks that counts as life; an idle interpreter's threads use less."""
+OVERSLEPT = 3
 _MEMORY_EVENTS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
 
 
@@ -28,13 +29,16 @@ class Pulse:
     """When a process last showed life: an event, or processor time of its own or of its children."""
 
     pid: int
+    period_s: float = 5.0
+    """Between two looks."""
     clock: Callable[[], float] = time.monotonic
     cpu_seconds: Callable[[int], float] = field(default=lambda pid: cpu_seconds(pid))
     _last: float = field(init=False)
+    _looked: float = field(init=False)
     _used: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
-        self._last = self.clock()
+        self._last = self._looked = self.clock()
 
     def beat(self) -> None:
         """It has said something."""
@@ -42,11 +46,12 @@ class Pulse:
 
     def idle_s(self) -> float:
         """Seconds since it last showed life, as of now."""
-        used = self.cpu_seconds(self.pid)
-        if abs(used - self._used) >= BREATH_S:
+        used, now = self.cpu_seconds(self.pid), self.clock()
+        # Who did not look in time was stopped itself (Ctrl-Z stops a whole job); that says nothing about the stage.
+        if abs(used - self._used) >= BREATH_S or now - self._looked > OVERSLEPT * self.period_s:
             self.beat()
-        self._used = used
-        return self.clock() - self._last
+        self._used, self._looked = used, now
+        return now - self._last
 
 
 @contextmanager
@@ -55,7 +60,7 @@ def killed_when_idle(process: subprocess.Popen[str], pulse: Pulse, *, idle_s: fl
     hung, done = threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(min(5.0, idle_s / 4)):
+        while not done.wait(pulse.period_s):
             if pulse.idle_s() >= idle_s and process.poll() is None:
                 hung.set()
                 process.kill()
