@@ -215,3 +215,15 @@ def test_both_pages_show_these_very_runs_and_end_on_ctrl_c(tmp_path):
     assert server.returncode == 0
     assert len(children) == 2
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def test_the_loop_is_a_job_whose_schedule_a_person_switches_on(tmp_path):
+    project, _ = opened(tmp_path)
+    said: list[str] = []
+    defs = dagster.definitions(
+        project.graph, lambda name: pytest.fail(name), project.store, look=lambda: said.append("looked") or ["done"]
+    )
+    assert defs.resolve_job_def("loop").execute_in_process().success
+    assert said == ["looked"]
+    schedule = defs.resolve_schedule_def("loop_schedule")
+    assert schedule.default_status.value == "STOPPED"

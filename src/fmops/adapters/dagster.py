@@ -108,14 +108,36 @@ def open_instance(home: Path) -> dg.DagsterInstance:
     return dg.DagsterInstance.from_config(str(home))
 
 
-def definitions(graph: Graph, execute: Execute, store: Store) -> dg.Definitions:
-    """Everything the lineage page shows: a node an asset, a source an external asset, newest records as metadata."""
+def definitions(
+    graph: Graph, execute: Execute, store: Store, *, look: Callable[[], list[str]] | None = None
+) -> dg.Definitions:  # fmt: skip
+    """Everything the lineage page shows: a node an asset, a source an external asset, newest records as metadata.
+
+    `look` is one look of the loop; it becomes the job `loop`, with a schedule that a person switches on.
+    """
     newest = {record.node: record for record in store.records()}
+    schedules = [_loop_schedule(look)] if look else []
     return dg.Definitions(
         assets=[*assets(graph, execute, newest=newest), *source_assets(graph)],
+        schedules=schedules,
         executor=dg.in_process_executor,
         metadata={"workspace": dg.MetadataValue.path(str(store.root))},
     )
+
+
+def _loop_schedule(look: Callable[[], list[str]]) -> dg.ScheduleDefinition:
+    """The same look that `fmops loop --once` does. A job, not a sensor: a look may train for hours."""
+
+    # Dagster reads this annotation, and does not find `dg` when it is text.
+    def op(context) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        for line in look():
+            context.log.info(line)
+
+    told = "Monitor, move the rollout, end or begin a round."
+    graph = dg.GraphDefinition(name="loop", node_defs=[dg.op(name="look", description=told)(op)])
+    job = graph.to_job(executor_def=dg.in_process_executor)
+
+    return dg.ScheduleDefinition(job=job, cron_schedule="* * * * *", default_status=dg.DefaultScheduleStatus.STOPPED)
 
 
 def rebuild(store: Store, *, dagster_home: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmops.errors import FmopsError, GateRejected
-from fmops.locks import locked
+from fmops.locks import Busy, locked
 from fmops.orchestration.launch import launch_local
 from fmops.orchestration.project import Project
 from fmops.store import Record
@@ -25,7 +25,21 @@ def load(spec: str, workspace: str | None) -> Any:
     from fmops.adapters.dagster import definitions
 
     project = Project.open(Path(spec), workspace=Path(workspace) if workspace else None)
-    return definitions(project.graph, lambda name: materialise(project, name), project.store)
+    return definitions(
+        project.graph, lambda name: materialise(project, name), project.store, look=lambda: look(project)
+    )
+
+
+def look(project: Project) -> list[str]:
+    """One look of the loop; another one that runs already does the work."""
+    from fmops.orchestration.events import open_view
+    from fmops.orchestration.loop import LoopRunner
+
+    with open_view() as view:
+        try:
+            return LoopRunner(project, view).look()
+        except Busy as error:
+            return [f"skipped: {error}"]
 
 
 def materialise(project: Project, name: str) -> Record:

@@ -45,7 +45,8 @@ def render_plan(project: Project) -> str:
     lines = [table(("stage", "state", "tokens", "time", "why"), rows), ""]
     dollars = project.spec.runtime.dollars_per_hour
     cost = f", ${total / 3600 * dollars:,.2f} at ${dollars:g} an hour" if dollars else ""
-    lines.append(f"expected: {total / 60:,.1f} min on {project.threads} threads{cost}")
+    least = "at least " if unknown else ""
+    lines.append(f"expected: {least}{total / 60:,.1f} min on {project.threads} threads{cost}")
     if unknown:
         lines.append(f"not in that sum, never run here: {', '.join(unknown)}")
     if project.spec.gate:
