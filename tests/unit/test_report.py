@@ -13,7 +13,7 @@ from example_run import HOSTILE, write_example
 from fmops.orchestration.charts import line_chart, margin_interval, thin, ticks
 from fmops.orchestration.history import read_history
 from fmops.orchestration.report import write_report
-from fmops.orchestration.report_parts import duration
+from fmops.orchestration.report_parts import duration, interval
 
 
 class Page(HTMLParser):
@@ -91,7 +91,7 @@ def test_every_box_of_the_picture_leads_to_its_stage(tmp_path):
 def test_numbers_stand_with_their_intervals(tmp_path):
     page = page_of(tmp_path)
     assert "0.912 → 0.808 bits per byte (−0.104)" in page.text
-    assert "0.262 ± 0.050" in page.text
+    assert "0.262 (0.215–0.315)" in page.text
     assert "+0.081 to +0.121" in page.text
     assert "358 documents read: 312 kept for training, 8 held out of the new domain and 27 of the old, 11" in page.text
     assert "email 4, ip-address 1" in page.text
@@ -199,3 +199,12 @@ def test_an_interval_beyond_the_picture_has_an_arrow():
 )
 def test_durations_read_like_a_clock(seconds, shown):
     assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "n", "told"),
+    [(0.0, 0.0, 12, (0.0, 0.243)), (1.0, 0.0, 12, (0.757, 1.0)), (0.5, 0.1, 100, (0.318, 0.682))],
+)
+def test_the_interval_of_a_share_stays_a_share_and_is_no_point(value, error, n, told):
+    item = {"name": "acc", "value": value, "standard_error": error, "n": n}
+    assert interval(item) == pytest.approx(told, abs=5e-3)

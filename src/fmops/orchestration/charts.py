@@ -74,11 +74,11 @@ def line_chart(
     return _svg(parts, width=WIDTH, height=HEIGHT, label=label, css="chart")
 
 
-def interval_rows(rows: Sequence[tuple[str, float, float | None]], *, low: float, high: float) -> Markup:
+def interval_rows(rows: Sequence[tuple[str, float, tuple[float, float] | None]], *, low: float, high: float) -> Markup:
     """Values with their 95 % intervals, one under the other on the scale from `low` to `high`.
 
     Args:
-        rows: style class, value, standard error (None draws the value alone).
+        rows: style class, value, its interval (None draws the value alone).
     """
     width, step = 220, 11
 
@@ -91,11 +91,11 @@ def interval_rows(rows: Sequence[tuple[str, float, float | None]], *, low: float
         )
         for at in (low, (low + high) / 2, high)
     ]
-    for place, (css, value, error) in enumerate(rows):
+    for place, (css, value, bounds) in enumerate(rows):
         down = step * place + 7
-        if error is not None:
+        if bounds is not None:
             parts.append(Markup('<line class="whisker {}" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>').format(
-                css, across(value - 1.96 * error), across(value + 1.96 * error), down, down))  # fmt: skip
+                css, *map(across, bounds), down, down))  # fmt: skip
         parts.append(_dot((f"{across(value):.1f}", str(down)), css, f"{value:.4f}"))
     return _svg(parts, width=width, height=step * len(rows) + 2, label="values with 95 % intervals", css="intervals")
 

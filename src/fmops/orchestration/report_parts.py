@@ -120,8 +120,8 @@ def score_rows(reports: Sequence[Record | None]) -> list[dict[str, Any]]:
     for key in dict.fromkeys(key for found in metrics for key in found):
         items = [found.get(key) for found in metrics]
         known = [(css, item) for css, item in zip(SERIES, items, strict=True) if item]
-        drawn = [(css, item["value"], item["standard_error"]) for css, item in known if math.isfinite(item["value"])]
-        tops = [value + 1.96 * (error or 0) for _, value, error in drawn]
+        drawn = [(css, item["value"], interval(item)) for css, item in known if math.isfinite(item["value"])]
+        tops = [bounds[1] if bounds else value for _, value, bounds in drawn]
         high = 1.0 if max(tops, default=0) <= 1.0 or "acc" in key[2] else max(tops)
         first = known[0][1]
         rows.append({
@@ -235,8 +235,26 @@ def _place(family: str) -> int:
 def _with_interval(item: dict[str, Any] | None) -> str:
     if item is None:
         return "–"
-    error = item["standard_error"]
-    return f"{item['value']:.3f}" + (f" ± {1.96 * error:.3f}" if error is not None else "")
+    bounds = interval(item) if math.isfinite(item["value"]) else None
+    return f"{item['value']:.3f}" + (f" ({bounds[0]:.3f}–{bounds[1]:.3f})" if bounds else "")
+
+
+def interval(item: Mapping[str, Any]) -> tuple[float, float] | None:
+    """95 %: Wilson's (1927) for a share of items, which never leaves 0 to 1 and is no point at 0 of n; else 1.96 errors.
+
+    Clusters count through the effective number of items, at which the clustered standard error would be binomial.
+    """
+    value, error, n = item["value"], item["standard_error"], item["n"]
+    if error is None:
+        return None
+    if item["name"] == "bits_per_byte" or not 0 <= value <= 1:
+        return value - 1.96 * error, value + 1.96 * error
+    spread = value * (1 - value)
+    effective = min(n, spread / error**2) if error and spread else n
+    weight = 1.96**2 / effective
+    middle = (value + weight / 2) / (1 + weight)
+    half = 1.96 / (1 + weight) * math.sqrt(spread / effective + weight / (4 * effective))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _answer(text: str) -> str:
