@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -111,33 +112,46 @@ def test_each_exception_says_why():
 
 
 def allreduce(processes, *arguments):
-    script = INFRA / "validation/files/allreduce.py"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        "--standalone",
-        str(script),
+    """What torchrun would start, without torchrun: exit code, output and errors of rank 0."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(INFRA / "validation/files/allreduce.py"), "--megabytes=1", "--rounds=3", *arguments]
+    shared = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run(
-        [*command, "--megabytes=1", "--rounds=3", *arguments], capture_output=True, text=True, env=environment
-    )
+    ends = [(*one.communicate(timeout=200), one.returncode) for one in started]
+    return ends[0]
 
 
 def test_the_fabric_test_measures_and_can_fail():
-    passed, failed = allreduce(2, "--expect=0.000001"), allreduce(2, "--expect=1000000")
-    assert passed.returncode == 0, passed.stderr
-    result = json.loads(passed.stdout.splitlines()[-1])
+    said, errors, code = allreduce(2, "--expect=0.000001")
+    assert code == 0, errors
+    result = json.loads(said.splitlines()[-1])
     assert result["processes"] == 2
     assert result["bus_gb_s"] == pytest.approx(result["bytes"] / result["seconds"] / 1e9)  # 2 (n - 1) / n is 1
-    assert failed.returncode != 0
-    assert '"passed": false' in failed.stdout
+
+    said, errors, code = allreduce(2, "--expect=1000000")
+    assert code == 1, errors
+    assert '"passed": false' in said
 
 
 def test_the_fabric_test_refuses_one_process_alone():
-    assert "moves nothing" in allreduce(1, "--expect=1").stderr
+    _, errors, code = allreduce(1, "--expect=1")
+    assert code == 1
+    assert "moves nothing" in errors
 
 
 def test_the_store_test_sees_a_role_that_may_delete():

@@ -122,7 +122,7 @@ def test_each_careless_change_is_stopped(environment, checked, tmp_path):
 
 @pytest.fixture(scope="module")
 def applied(environment, tmp_path_factory):
-    """The state's bucket and the cluster of the profile cpu, applied; the test destroys it."""
+    """The state's bucket and the cluster of the profile cpu, applied; the last test destroys it."""
     infra = copy_of_infra(tmp_path_factory.mktemp("applied") / "infra")
     os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
     with local_aws.serve() as (address, extras):
@@ -180,8 +180,11 @@ FORGOTTEN = {
 }
 
 
+# In this order, on one cluster: three tests, since one would take longer than a test may on a busy machine.
+
+
 @pytest.mark.xdist_group("infra-aws")
-def test_the_cluster_is_made_and_leaves_nothing(applied):
+def test_the_cluster_is_made(applied):
     cluster, aws, extras, client = applied
 
     # Made: add-ons before nodes and after, people and nodes let in, a role for each account that needs one.
@@ -212,12 +215,18 @@ def test_the_cluster_is_made_and_leaves_nothing(applied):
     # The state is in the bucket and nobody holds its lock.
     assert [found["Key"] for found in client.list_objects_v2(Bucket="states")["Contents"]] == ["cluster.tfstate"]
 
-    # A second plan wants nothing new.
+
+@pytest.mark.xdist_group("infra-aws")
+def test_a_second_plan_wants_nothing_new(applied):
+    cluster, aws, *_ = applied
     terraform(cluster, aws, "plan", "-input=false", "-out=again.bin")
     changes = json.loads(terraform(cluster, aws, "show", "-json", "again.bin"))["resource_changes"]
     assert {change["type"] for change in changes if change["change"]["actions"] != ["no-op"]} <= FORGOTTEN
 
-    # Destroy is said twice: data is let go first, then all goes.
+
+@pytest.mark.xdist_group("infra-aws")
+def test_data_is_let_go_first_then_nothing_is_left(applied):
+    cluster, aws, extras, client = applied
     kept = ["aws_db_instance.metadata", "aws_s3_bucket.artifacts", "aws_s3_bucket.logs", "aws_ecr_repository.this"]
     targets = [f"-target={name}" for name in kept]
     terraform(cluster, aws, "apply", "-auto-approve", "-input=false", "-var=keep_data=false", *targets)
