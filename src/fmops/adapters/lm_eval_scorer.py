@@ -44,7 +44,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
-    """Scores like the harness's `hf` backend (equal within 1e-4), reading each context once."""
+    """Gives the `hf` backend's choices and texts, reading common beginnings once; log-likelihoods: see docs/evaluation.md."""
 
     def __init__(
         self,
