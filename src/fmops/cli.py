@@ -66,11 +66,12 @@ def run(spec: Path, workspace: Path | None) -> None:
     """Run what is not done yet; a second run with nothing changed does nothing."""
     from fmops.orchestration.events import open_view
     from fmops.orchestration.run import run as run_project
-    from fmops.orchestration.show import render_outcome
+    from fmops.orchestration.show import render_outcome, serves
 
     project = open_project(spec, workspace)
     with open_view() as view:
-        outcome = run_project(project, view)
+        # What users are served is changed by a rollout alone.
+        outcome = run_project(project, view, alias="challenger" if serves(project) else "champion")
     click.echo(render_outcome(project, outcome))
 
 

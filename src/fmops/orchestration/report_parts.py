@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,7 +240,7 @@ def _with_interval(item: dict[str, Any] | None) -> str:
 
 
 def interval(item: Mapping[str, Any]) -> tuple[float, float] | None:
-    """95 %: Wilson's (1927) for a share of items, which never leaves 0 to 1 and is no point at 0 of n; else 1.96 errors.
+    """95 %: Wilson's (1927) for a share of items, within 0 and 1 and no point at 0 of n; else 1.96 errors.
 
     Clusters count through the effective number of items, at which the clustered standard error would be binomial.
     """

@@ -36,7 +36,9 @@ class Outcome:
     folder: Path | None
     """The run's folder; None when nothing was to be done."""
     champion: str | None
+    """The release that the alias points at now."""
     report: Path | None = None
+    alias: Alias = "champion"
 
     @property
     def executed(self) -> bool:
@@ -67,7 +69,7 @@ def run(project: Project, view: View, *, alias: Alias = "champion") -> Outcome:
         _raise_unless_promoted(steps, None)
         # A kill between the release's commit and the move of the alias is made good here.
         champion = _promote(project, steps, alias, expected=store.aliases().get(alias), why="release was waiting")
-        return Outcome(steps=steps, folder=None, champion=champion)
+        return Outcome(steps=steps, folder=None, champion=champion, alias=alias)
 
 
 @dataclass
@@ -112,7 +114,7 @@ class _Run:
             self.log.add("run", "run-finished", error=ending, champion=champion)
             self.log.close()
             report = self._record_run()
-        return Outcome(steps=self.steps, folder=self.folder, champion=champion, report=report)
+        return Outcome(self.steps, self.folder, champion, report, self.alias)
 
     def _materialise(self, todo: list[str]) -> None:
         from fmops.adapters.dagster import run_in_process
@@ -180,8 +182,10 @@ def _promote(
 ) -> str | None:
     """Point the alias at the release, unless it does; the champion before it becomes `previous`."""
     release = steps["release"].record
-    if release is None or expected == release.key:
+    if release is None:
         return expected
+    if release.key in (expected, project.store.aliases().get("champion")):
+        return release.key
     fault_site("run-before-promote")
     sign_release(project.store, release)
     before = {"previous": expected} if expected and alias == "champion" else {}

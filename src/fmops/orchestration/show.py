@@ -106,6 +106,10 @@ def render_outcome(project: Project, outcome: Outcome) -> str:
             lines.append(f"gate: {gate.artifact['verdict']}")
             lines += [f"  {reason}" for reason in gate.artifact["reasons"]]
         lines.append(f"report: {outcome.report}")
+    if outcome.alias == "challenger" and outcome.champion != project.store.aliases().get("champion"):
+        lines.append(f"challenger: {outcome.champion}; the champion is serving, so it has to win its traffic")
+        lines.append(f"next: fmops rollout start --spec {spec}")
+        return "\n".join(lines)
     lines.append(f"champion: {outcome.champion}")
     lines.append(f"next: fmops serve --spec {spec}, then fmops chat --spec {spec}")
     return "\n".join(lines)
@@ -144,6 +148,15 @@ def render_status(project: Project) -> str:
 
 
 _STATES = {"started": "interrupted", "finished": "done", "cached": "cached", "failed": "failed"}
+
+
+def serves(project: Project) -> bool:
+    """Whether `fmops up` serves this workspace. Where it never did, its libraries are not imported."""
+    if not (project.store.root / "up").is_dir():
+        return False
+    from fmops.orchestration.up import is_up
+
+    return is_up(project.store.root)
 
 
 def find_release(project: Project, key: str) -> tuple[Record, Release]:

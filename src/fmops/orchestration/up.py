@@ -108,6 +108,12 @@ def down(project: Project, *, say: Callable[[str], None] = print) -> None:
     say(f"ended: {', '.join(ended) or 'nothing was left'}")
 
 
+def is_up(root: Path) -> bool:
+    """Whether a supervisor serves this workspace."""
+    state = read_state(root / FOLDER)
+    return state is not None and is_running(state.pid, state.created)
+
+
 def serving(root: Path) -> list[str]:
     """A line for each process that runs, and one where the champion is not what is served."""
     state = read_state(root / FOLDER)
