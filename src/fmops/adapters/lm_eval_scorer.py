@@ -44,7 +44,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 
 class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
-    """Gives the `hf` backend's choices and texts, reading common beginnings once; log-likelihoods: see docs/evaluation.md."""
+    """Gives the choices and texts of the `hf` backend, reading common beginnings once; see docs/evaluation.md."""
 
     def __init__(
         self,
