@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "tests"))  # example_run, fake_engine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# moto reads this once, when the first test of a worker imports it; Terraform attaches AWS's own policies.
+os.environ.setdefault("MOTO_IAM_LOAD_MANAGED_POLICIES", "true")
 # Workers share two cores; more threads each would only make them wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
