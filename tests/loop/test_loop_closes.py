@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,16 +21,19 @@ def look(spec: Path, *options: str, fault: str | None = None):
 
 
 def add_documents(spec: Path) -> None:
-    """Four topics of Python's documentation that the champion has not read."""
+    """Sixteen topics of Python's documentation that the champion has not read."""
     docs = spec.parent / "docs"
     known = {path.read_text(encoding="utf-8") for path in docs.iterdir()}
     fresh = sorted((text for text in topics.values() if text not in known), key=len)[-30:]
-    for number, text in enumerate(fresh[:4]):
+    for number, text in enumerate(fresh[:16]):
         (docs / f"fresh-{number}.txt").write_text(text, encoding="utf-8")
 
 
 def test_the_loop_goes_from_new_documents_to_a_rollout_through_kills_and_trains_once(copied):
     store = Store(copied.parent / ".fmops")
+    # A tiny model and eight held-out documents prove no gain at the level that a second round has left.
+    gate = "gate: {alpha: 0.5, primary: [], margins: {domain: 5.0, quiz: 0.95, forgetting: 5.0}}"
+    copied.write_text(re.sub(r"^gate: .*$", gate, copied.read_text(), flags=re.MULTILINE))
     champion = store.aliases()["champion"]
     first = look(copied)
     assert first.returncode == 0, first.stderr
@@ -41,7 +45,7 @@ def test_the_loop_goes_from_new_documents_to_a_rollout_through_kills_and_trains_
     assert done.returncode == 0, done.stderr
     assert len(list((store.root / "rounds").iterdir())) == 2  # round 1, and what has been read
     state = json.loads((store.root / "rounds" / "0001" / "round.json").read_text())
-    assert state["trigger"]["why"] == "new files: 4 in docs"
+    assert state["trigger"]["why"] == "new files: 16 in docs"
     assert (state["phase"], state["champion"]) == ("rolling out", champion)
     aliases = store.aliases()
     assert (aliases["champion"], aliases["challenger"]) == (champion, state["release"])
@@ -64,7 +68,7 @@ def test_a_round_waits_for_approval_where_the_spec_asks_for_it(copied):
     look(copied)
     add_documents(copied)
     waiting = look(copied)
-    assert "round 1 waits for approval: new files: 4 in docs. `fmops loop --approve 1`" in waiting.stdout
+    assert "round 1 waits for approval: new files: 16 in docs. `fmops loop --approve 1`" in waiting.stdout
     wrong = look(copied, "--approve", "7")
     assert wrong.returncode == 2
     assert "round 7 does not wait for approval" in wrong.stderr

@@ -123,6 +123,7 @@ def test_a_round_of_pretraining_reads_what_is_new_and_some_of_what_it_knew(proje
     assert (spec.data.corpora[EARLIER].role, spec.data.corpora[EARLIER].weight) == ("replay", 0.2)
     assert [path.name for path in sorted((folder / "data").rglob("*.txt"))] == ["old-1.txt", "old-2.txt", "new-1.txt"]
     assert spec.evaluate.suites == ("../../../quiz.yaml", "domain", "forgetting")
+    assert spec.curate.held_out == 0.5  # of one new file; of a hundred it would be the spec's own share
     assert (spec.gate.alpha, spec.gate.primary) == (0.1, ("domain",))
 
 

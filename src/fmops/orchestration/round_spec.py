@@ -24,6 +24,8 @@ EARLIER = "earlier"
 EARLIER_FILES = 500
 EARLIER_WEIGHT = 0.2
 """Share of the tokens that a round reads again, against forgetting (beside the spec's own replay corpora)."""
+HELD_OUT_FILES = 8
+"""New files held out, up to half of them: from fewer the gate could not tell whether the domain is known better."""
 PRETRAIN = {"tokens": 16_384}
 """For a spec that has no pretraining of its own."""
 
@@ -58,6 +60,8 @@ def write_round(
     derived["data"] = _data(folder, spec, root, stage, new, seen)
     if stage == "pretrain":
         derived.setdefault("pretrain", dict(PRETRAIN))
+        share = min(0.5, HELD_OUT_FILES / sum(map(len, new.values())))
+        derived["curate"] = {**derived.get("curate", {}), "held_out": max(spec.curate.held_out, share)}
     derived.setdefault(stage, {})
     derived["evaluate"] = _evaluate(derived, spec, root, folder)
     derived["gate"] = _gate(derived, spec, stage)
