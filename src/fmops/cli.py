@@ -175,7 +175,7 @@ def bom(release: str, spec: Path, workspace: Path | None) -> None:
     from fmops.orchestration.lineage import render_bom
 
     store = open_project(spec, workspace).store
-    click.echo(render_bom(store, store.by_key(store.aliases().get(release, release))), nl=False)
+    click.echo(render_bom(store, store.by_key(release)), nl=False)
 
 
 @cli.command()
@@ -186,7 +186,7 @@ def sign(release: str, spec: Path, workspace: Path | None) -> None:
     from fmops.orchestration.signatures import sign_release
 
     store = open_project(spec, workspace).store
-    record = store.by_key(store.aliases().get(release, release))
+    record = store.by_key(release)
     store.verify(record)
     click.echo(f"signed {record.key}: {sign_release(store, record)}")
 

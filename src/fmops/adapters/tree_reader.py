@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fmops.adapters.document_attention import attends_everywhere
 from fmops.adapters.prefix_tree import Read, Span, Step
 from fmops.adapters.slot_attention import SlotCache
 from fmops.adapters.tree_attention import Tree, register
@@ -23,11 +24,7 @@ NORMALISED_ROWS = 16
 def shares_prefixes(model: Any) -> bool:
     """Whether attention is causal over all positions, which are rotary, so that a tree behind a stem is exact."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None)
-    capped = getattr(config, "attn_logit_softcapping", None)
-    plain = kinds == {"full_attention"} and not window and bool(rotary) and not capped
+    plain = attends_everywhere(config) and not getattr(config, "attn_logit_softcapping", None)
     takes = {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys()
     return plain and takes and bool(getattr(model, "_supports_attention_backend", False))
 

@@ -90,10 +90,12 @@ class LoopRunner:
                 said.append(self._go_on(each, approve=approve))
         if approve is not None and not any(line.startswith(f"round {approve} ") for line in said):
             raise FmopsError(f"round {approve} does not wait for approval. `fmops loop --once` says what does.")
+        rounds, policy = self.rounds.all(), self.project.spec.loop
+        if any(each.phase != "ended" for each in rounds):
+            # Sources and all traces are read only where a round could begin.
+            return [*said, f"no round: {decide((), rounds, policy, self.clock()).reason}"]
         watched, gathered = self._watched(), self._gathered()
-        decision = decide(
-            self._triggers(report, watched, gathered, ask), self.rounds.all(), self.project.spec.loop, self.clock()
-        )
+        decision = decide(self._triggers(report, watched, gathered, ask), rounds, policy, self.clock())
         said.append(self._begin(decision, watched, gathered))
         return said
 

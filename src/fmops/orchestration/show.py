@@ -168,10 +168,9 @@ def find_release(project: Project, key: str) -> tuple[Record, Release]:
     """
     from fmops.orchestration.signatures import check_release
 
-    aliases = project.store.aliases()
-    if key == "champion" and "champion" not in aliases:
+    if key == "champion" and "champion" not in project.store.aliases():
         raise FmopsError(f"no champion in {project.store.root}: nothing was released yet. Run `fmops run` first.")
-    record = project.store.by_key(aliases.get(key, key))
+    record = project.store.by_key(key)
     artifact = project.store.load(record)
     if not isinstance(artifact, Release):
         raise FmopsError(f"{record.key} is a {record.kind}, no release. Only a release can be served.")
