@@ -235,5 +235,6 @@ def test_data_is_let_go_first_then_nothing_is_left(applied):
     )
     assert re.search(r"Destroy complete! Resources: 1[67]\d destroyed", said)
     assert (extras.addons, extras.entries, extras.associations) == ({}, {}, {})
-    left = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    assert left == {"states", f"fmops-state-{local_aws.ACCOUNT}-us-east-1"}
+    # moto's memory is the process's: other tests of this worker keep buckets of their own names in it.
+    left = {bucket["Name"] for bucket in client.list_buckets()["Buckets"] if bucket["Name"].startswith("fmops-")}
+    assert left == {f"fmops-state-{local_aws.ACCOUNT}-us-east-1"}
