@@ -53,9 +53,9 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
         Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=2),
-        Stage("curate", "fmops.data.curate:curate", Corpus, version=2),
-        Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=2),
-        Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=2),
+        Stage("curate", "fmops.data.curate:curate", Corpus, version=3),
+        Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=3),
+        Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=3),
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, version=2),
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, version=2),
         Stage("align", "fmops.finetuning.align:align", Checkpoint, version=2),

@@ -209,6 +209,7 @@ def test_what_is_dropped_is_counted_with_reasons(tmp_path: Path, base: Checkpoin
     unreadable = next(each for each in corpus.dropped if each.step == "unreadable").examples
     assert unreadable[0] == "new/new.jsonl:15: no UTF-8 at byte 13"
     assert unreadable[1] == "new/new.jsonl:16: text is int"
+    assert f"4 files or rows could not be read and are left out; the first: {unreadable[0]}" in context.stream.getvalue()
     language = next(each for each in corpus.dropped if each.step == "language").examples
     assert language[0].startswith("new/new.jsonl:11 (fr): Le chat dort")
 
@@ -229,11 +230,12 @@ def test_every_form_of_file_is_read(tmp_path: Path, base: Checkpoint, context: S
         archive.writestr("inner/g.txt", texts[7])
         archive.writestr("inner/h.jsonl", json.dumps({"text": texts[8]}))
     (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "nothing.txt").touch()
     corpora = {"new": CorpusPart()}
     corpus = run(tmp_path, base, context, corpora=corpora, uri="files", quality=False)
     held_out = lines(corpus.path / "held_out" / "new.jsonl")
     assert corpus.documents + len(held_out) == 9
-    assert dropped(corpus) == {"unreadable": 1}
+    assert dropped(corpus) == {"unreadable": 2}
     found = {row["id"] for row in [*lines(corpus.path / "documents.jsonl"), *held_out]}
     assert {"new/files/a.txt", "new/files/c.jsonl:2", "new/files/f.parquet:1", "new/files/g.zip/inner/g.txt"} <= found
 

@@ -138,6 +138,11 @@ def test_an_unknown_form_shows_the_keys_and_the_known_forms(case: Case) -> None:
         case.preferences([{"id": 1, "chosen": "x"}])
 
 
+def test_nothing_held_out_is_said(case: Case, context: StageContext) -> None:
+    case.conversations([{"messages": TURNS}])
+    assert "none of the 1 examples is held out" in context.stream.getvalue()
+
+
 def test_nothing_left_says_why(case: Case) -> None:
     with pytest.raises(FmopsError, match=r"no example of rows\.jsonl is left .* last-is-no-assistant 1"):
         case.conversations([{"messages": TURNS[:1]}])

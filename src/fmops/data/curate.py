@@ -65,6 +65,8 @@ def curate(
         shutil.rmtree(out / made, ignore_errors=True)
         (out / made).mkdir(parents=True)
     spool = _read_documents(config, benchmarks, sources, out=out / ".work" / "documents", context=context)
+    if unreadable := spool.ledger.unreadable():
+        context.note(unreadable)
     fault_site("curate-documents")
     spool.mark_duplicates(threshold=config.curate.near_duplicate)
     held_out = spool.mark_held_out(domains, share=config.curate.held_out, seed=context.seed)

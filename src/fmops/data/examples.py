@@ -122,6 +122,10 @@ def keep_examples(
             (held_out if chosen else train).write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
             kept.held_out += chosen
             kept.train += not chosen
+    if unreadable := kept.ledger.unreadable():
+        context.note(unreadable)
+    if config.held_out and not kept.held_out:
+        context.note(f"none of the {kept.train} examples is held out, so nothing will be measured on unseen ones")
     write_contaminated(kept.ledger.items, out / "contaminated.jsonl")
     context.progress(kept.train + kept.held_out, kept.train + kept.held_out, unit="examples")
     if not kept.train:

@@ -48,6 +48,8 @@ class Unreadable:
 
 def read_rows(file: SourceFile) -> Iterator[Row | Unreadable]:
     """Rows of one source file; `place` is `name:line` (`name` for a whole text file, `name:row` for Parquet)."""
+    if not file.bytes:
+        yield Unreadable(file.name, "empty")
     with file.path.open("rb") as stream:
         yield from _read(stream, file.name)
 
@@ -168,7 +170,7 @@ def _read_text(stream: IO[bytes], name: str) -> Iterator[Row | Unreadable]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            yield Unreadable(f"{name}:{number}", f"no UTF-8 at byte {error.start} of the line")
+            yield Unreadable(f"{name}:{number}", f"no UTF-8 at byte {error.start} of the line; convert the file, for example with iconv")
             return
         if "\0" in text:
             yield Unreadable(f"{name}:{number}", "holds a zero byte; no text")

@@ -46,6 +46,12 @@ class Ledger:
         if len(kept) < EXAMPLES:
             kept.append(redact(example)[0])
 
+    def unreadable(self) -> str | None:
+        """What a person must be told of files and rows that could not be read; None when all could."""
+        if not (count := self.counts["unreadable"]):
+            return None
+        return f"{count} files or rows could not be read and are left out; the first: {self.examples['unreadable'][0]}"
+
 
 class Spool:
     """Documents by number, in reading order."""
