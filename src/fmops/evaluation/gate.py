@@ -73,8 +73,6 @@ def gate(
             raise unknown("family under gate.margins:", family, measured)
     level = spending.level(config.earlier, config.alpha)
     decision = decide(evidence, alpha=level, margins=config.margins, primary=config.primary)
-    for reason in decision.reasons:
-        context.note(reason)
     rounds, p_value = config.earlier, decision.p_value
     if p_value is not None:
         promoted = decision.verdict == "promote"
