@@ -1,4 +1,4 @@
-"""What commands share: which spec, which workspace.
+"""What commands share: which spec, which workspace, which store.
 
 Enters: options of a command. Leaves: an open project.
 Refuses: nothing of its own.
@@ -6,6 +6,7 @@ Refuses: nothing of its own.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def with_spec(command: Any) -> Any:
-    """Add --spec and --workspace."""
+    """Add --spec, --workspace and --store."""
+    command = click.option(
+        "--store",
+        expose_value=False,
+        callback=_remember_store,
+        help="s3://bucket/prefix that machines share. Default: $FMOPS_STORE, else runtime.store of the spec.",
+    )(command)
     command = click.option(
         "--workspace", type=click.Path(path_type=Path), help="Where artifacts lie. Default: .fmops beside the spec."
     )(command)
@@ -27,6 +34,12 @@ def with_spec(command: Any) -> Any:
         show_default=True,
         help="The spec file.",
     )(command)
+
+
+def _remember_store(context: click.Context, option: click.Parameter, address: str | None) -> None:
+    # Stage processes and engines that the command starts must see the same store.
+    if address:
+        os.environ["FMOPS_STORE"] = address
 
 
 def open_project(spec: Path, workspace: Path | None) -> Project:

@@ -244,6 +244,10 @@ class Runtime(Frozen):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of training arithmetic; `auto` measures once and takes bfloat16 where it is faster."
     )
+    store: str | None = Field(
+        None, pattern=r"^s3://.+", description="s3://bucket/prefix that machines share; --store comes first."
+    )
+    cache_gb: float | None = Field(None, ge=0, description="Of copies of what is in the store. Left out: half the disk.")
 
 
 class Lifecycle(Frozen):

@@ -20,6 +20,7 @@ from typing import IO
 from fmops.errors import FmopsError
 
 _held: set[IO[str]] = set()
+_shared: dict[Path, IO[str]] = {}
 
 
 def _let_go_in_forked_child() -> None:
@@ -27,6 +28,9 @@ def _let_go_in_forked_child() -> None:
     for stream in _held:
         stream.close()
     _held.clear()
+    for stream in _shared.values():
+        stream.close()
+    _shared.clear()
 
 
 os.register_at_fork(after_in_child=_let_go_in_forked_child)
@@ -60,6 +64,17 @@ def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
             yield
         finally:
             _held.discard(stream)
+
+
+def hold(path: Path) -> None:
+    """Share the lock at `path` until this process ends: meanwhile nobody gets it for himself."""
+    if path not in _shared:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+")
+        # Whoever has it alone does not keep it for long.
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        _shared[path] = stream
+    os.utime(path)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -1,7 +1,8 @@
-"""Content-addressed artifacts in a workspace folder.
+"""Content-addressed artifacts in a workspace folder, and in a bucket that several workspaces share.
 
 Enters: a folder that a stage has filled, and the record that describes it. Leaves: committed, verified artifacts.
 Refuses: to overwrite, to load what fails its digest, and to move an alias that somebody else has moved.
+With a bucket, records and aliases there are the truth, and the workspace keeps verified copies of what it has used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -21,7 +22,10 @@ from fmops.artifacts import KINDS, Artifact, Frozen, Source
 from fmops.errors import READ_ONLY, FmopsError, IntegrityError
 from fmops.faults import fault_site
 from fmops.integrity import sha256
-from fmops.locks import locked
+from fmops.locks import hold, locked
+
+if TYPE_CHECKING:
+    from fmops.shared import Shared
 
 RECORD = "record.json"
 WORK = ".work"
@@ -95,19 +99,31 @@ def source_digest(source: Source) -> str:
 
 
 class Store:
-    """A workspace: `artifacts/`, `runs/`, `quarantine/`, `aliases.json`."""
+    """A workspace: `artifacts/`, `runs/`, `quarantine/`, `aliases.json`; or one of several round a bucket."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, shared: Shared | None = None) -> None:
         self.root = root
         self.artifacts = root / "artifacts"
         self.runs = root / "runs"
+        self.shared = shared
+
+    @property
+    def place(self) -> str:
+        """Where records and aliases are kept, for people."""
+        return self.shared.address if self.shared else str(self.root)
 
     def folder(self, stage: str, fingerprint: str) -> Path:
-        """Where an artifact lies, or will lie once it is made."""
+        """Where an artifact lies, or will lie once it is made or brought here."""
         return self.artifacts / artifact_key(stage, fingerprint)
+
+    def uri(self, record: Record) -> str:
+        """Where an artifact's files can be had from."""
+        return self.shared.uri(record) if self.shared else self.folder(record.stage, record.fingerprint).as_uri()
 
     def find(self, stage: str, fingerprint: str) -> Record | None:
         """The committed record, or None."""
+        if self.shared:
+            return self.shared.find(artifact_key(stage, fingerprint))
         return self._read(self.folder(stage, fingerprint))
 
     def get(self, key: str) -> Record:
@@ -116,9 +132,9 @@ class Store:
         Raises:
             FmopsError: there is none; nothing may stand in for it.
         """
-        record = self._read(self.artifacts / key)
+        record = self.shared.find(key) if self.shared else self._read(self.artifacts / key)
         if record is None:
-            raise FmopsError(f"the record of {key} is gone from {self.artifacts}. Put the folder back from a copy.")
+            raise FmopsError(f"the record of {key} is gone from {self.place}. Put it back from a copy.")
         return record
 
     def by_key(self, key: str) -> Record:
@@ -127,30 +143,54 @@ class Store:
         Raises:
             FmopsError: none or several match.
         """
-        key = self.aliases().get(key, key)
-        found = [record for record in self.records() if record.node == key][-1:] or [
-            record for record in self.records() if record.key.startswith(key) or record.fingerprint.startswith(key)
+        key, records = self.aliases().get(key, key), self.records()
+        found = [record for record in records if record.node == key][-1:] or [
+            record for record in records if record.key.startswith(key) or record.fingerprint.startswith(key)
         ]
         if len(found) == 1:
             return found[0]
         if not found:
-            known = ", ".join(sorted({record.key for record in self.records()})) or "none yet"
-            raise FmopsError(f"no artifact {key!r} in {self.root}. Known: {known}.")
+            known = ", ".join(sorted({record.key for record in records})) or "none yet"
+            raise FmopsError(f"no artifact {key!r} in {self.place}. Known: {known}.")
         raise FmopsError(f"{key!r} fits {len(found)} artifacts: {', '.join(r.key for r in found)}. Give more of it.")
 
     def records(self) -> list[Record]:
         """Every committed record, oldest first."""
-        found = [self._read(folder) for folder in self.artifacts.glob("*")] if self.artifacts.is_dir() else []
-        return sorted((record for record in found if record), key=lambda record: (record.created, record.key))
+        return self.shared.records() if self.shared else self.here()
 
     def load(self, record: Record) -> Artifact:
-        """The typed artifact behind a record. Files are not verified here; see `verify`."""
-        return KINDS[record.kind].model_validate(
-            {**record.artifact, "path": self.folder(record.stage, record.fingerprint)}
-        )
+        """The typed artifact behind a record, its files here. They are not all read; see `verify`."""
+        return KINDS[record.kind].model_validate({**record.artifact, "path": self.files(record)})
 
-    def commit(self, record: Record) -> None:
-        """Make an artifact exist: its files are on disk before its record is, and the record appears whole or not."""
+    def files(self, record: Record) -> Path:
+        """The folder of a committed artifact on this machine; it stays while this process lives.
+
+        Raises:
+            IntegrityError: the bucket does not hold what the record says; the artifact is set aside there.
+        """
+        from fmops.copies import bring
+
+        return bring(self, self.shared, record) if self.shared else self.folder(record.stage, record.fingerprint)
+
+    def made_here(self, stage: str, fingerprint: str) -> Record | None:
+        """What this workspace made, whole, whether or not it has reached the bucket."""
+        record = self._read(self.folder(stage, fingerprint))
+        return record if record and not self._fault(record) else None
+
+    def commit(self, record: Record) -> Record:
+        """Make an artifact exist: its files are on disk before its record is, and the record appears whole or not.
+
+        Returns the record that stands: in a bucket another machine may have been quicker.
+        """
+        self.commit_here(record)
+        if self.shared is None:
+            return record
+        hold(self.use_lock(record.key))
+        folder = self.folder(record.stage, record.fingerprint)
+        return self.shared.publish(record, folder, memory=folder / WORK / "upload")
+
+    def commit_here(self, record: Record) -> None:
+        """Make it exist in this workspace."""
         folder = self.folder(record.stage, record.fingerprint)
         for name in record.files:
             sync(folder / name)
@@ -165,8 +205,17 @@ class Store:
         """None if every file is what the record says, else the first fault.
 
         Files that nobody touched since they were last verified are not read again: a file's change time cannot be set
-        back, and the record's own time moves forward with each verification.
+        back, and the record's own time moves forward with each verification. Of what is in the bucket alone, sizes are
+        compared; bytes are when it is brought here.
         """
+        if self.shared is None:
+            return self._fault(record)
+        here = self._read(self.folder(record.stage, record.fingerprint))
+        if here and here.digest == record.digest and not self._fault(here):
+            return None
+        return self.shared.fault(record)
+
+    def _fault(self, record: Record) -> str | None:
         folder = self.folder(record.stage, record.fingerprint)
         verified_ns = (folder / RECORD).stat().st_mtime_ns
         reread = False
@@ -196,7 +245,7 @@ class Store:
         Raises:
             IntegrityError: names the file and the remedy.
         """
-        folder = self.folder(record.stage, record.fingerprint)
+        folder = self.files(record)
         for name, entry in record.files.items():
             path = folder / name
             if not path.is_file() or sha256(path) != entry.sha256:
@@ -205,15 +254,19 @@ class Store:
                     "`fmops run` sets the artifact aside and makes it again."
                 )
 
-    def quarantine(self, record: Record) -> Path:
-        """Move a damaged artifact out of the way, keeping it for inspection."""
+    def quarantine(self, record: Record) -> str:
+        """Move a damaged artifact out of the way, keeping it for inspection; returns where it lies."""
+        if self.shared:
+            return self.shared.set_aside(record)
         target = self.root / "quarantine" / f"{record.key}-{time.time_ns()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         self.folder(record.stage, record.fingerprint).rename(target)
-        return target
+        return str(target)
 
     def aliases(self) -> dict[str, str]:
         """Alias → artifact key, as of now."""
+        if self.shared:
+            return self.shared.aliases()
         path = self.root / "aliases.json"
         moved: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
         return moved
@@ -224,17 +277,26 @@ class Store:
         Raises:
             FmopsError: somebody moved one in between; nothing is changed.
         """
+        if self.shared:
+            self.shared.move_aliases(targets, expected=expected, why=why)
+            return
         with locked(self.root / "aliases.lock", wait_s=10):
             now = self.aliases()
             for alias, seen in expected.items():
                 if now.get(alias) != seen:
-                    raise FmopsError(
-                        f"alias {alias!r} points at {now.get(alias) or 'nothing'}, expected {seen or 'nothing'}: "
-                        f"somebody moved it meanwhile. Look with `fmops status`, then try again."
-                    )
+                    raise alias_moved(alias, now.get(alias), seen)
             self._log_moves(targets, now=now, why=why)
             fault_site("aliases-between-log-and-file")
             write_atomically(self.root / "aliases.json", json.dumps({**now, **targets}, indent=1) + "\n")
+
+    def use_lock(self, key: str) -> Path:
+        """The lock that says which local copies are in use, and when they last were."""
+        return self.root / "locks" / f"{key}.use"
+
+    def here(self) -> list[Record]:
+        """Every record whose files are in this workspace, oldest first."""
+        found = [self._read(folder) for folder in self.artifacts.glob("*")] if self.artifacts.is_dir() else []
+        return sorted((record for record in found if record), key=lambda record: (record.created, record.key))
 
     def _log_moves(self, targets: Mapping[str, str], *, now: Mapping[str, str], why: str) -> None:
         """Append the moves; those that a killed process logged, but did not make, stand there already."""
@@ -262,6 +324,14 @@ class Store:
             raise IntegrityError(
                 f"{path} is not a record: {error}. Move the folder {folder.name} away; `fmops run` makes it again."
             ) from None
+
+
+def alias_moved(alias: str, now: str | None, seen: str | None) -> FmopsError:
+    """The error of a move that comes too late."""
+    return FmopsError(
+        f"alias {alias!r} points at {now or 'nothing'}, expected {seen or 'nothing'}: "
+        f"somebody moved it meanwhile. Look with `fmops status`, then try again."
+    )
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:

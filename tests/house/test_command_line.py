@@ -12,7 +12,7 @@ import pytest
 
 from fmops.cli import cli
 
-SPEC = ("--spec", "--workspace")
+SPEC = ("--spec", "--workspace", "--store")
 INTERFACE = {
     "init": ("folder",),
     "plan": SPEC,

@@ -75,7 +75,7 @@ def test_a_damaged_artifact_is_kept_aside_not_deleted(store):
     record = make(store)
     store.commit(record)
     target = store.quarantine(record)
-    assert (target / "train.jsonl").read_text() == "hello"
+    assert (Path(target) / "train.jsonl").read_text() == "hello"
     assert store.find("conversations", record.fingerprint) is None
 
 

@@ -212,7 +212,7 @@ def _log_node(
     for batch in _batches(params, BATCH_PARAMS):
         client.log_batch(run, params=batch)
     if record:
-        client.log_artifact(run, str(store.folder(record.stage, record.fingerprint) / RECORD))
+        client.log_text(run, record.model_dump_json(indent=1) + "\n", RECORD)
     if node.error:
         client.set_tag(run, "fmops.error", node.error)
     client.set_tag(run, COMPLETE, "yes")
@@ -274,7 +274,7 @@ def _register(client: MlflowClient, store: Store, release: Record) -> int:
     runs = _logged(client, f"tags.`fmops.fingerprint` = '{release.fingerprint}'")
     version = client.create_model_version(
         name,
-        source=store.folder(release.stage, release.fingerprint).as_uri(),
+        source=store.uri(release),
         run_id=runs[0] if runs else None,
         tags={
             "fingerprint": release.fingerprint,

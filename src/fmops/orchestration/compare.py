@@ -104,7 +104,7 @@ def ancestors(store: Store, record: Record) -> Iterator[Record]:
 def _items(store: Store, report: Record) -> Path | None:
     ref = report.inputs.get("benchmarks")
     record = next((each for each in store.records() if ref and each.key == ref.ref), None)
-    return store.folder(record.stage, record.fingerprint) / "items" if record else None
+    return store.files(record) / "items" if record else None
 
 
 def render_comparison(compared: Compared, page: Path) -> str:

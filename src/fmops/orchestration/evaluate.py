@@ -59,7 +59,7 @@ def _source(project: Project, model: str) -> str:
     known = [record for record in store.records() if record.key.startswith(key) or record.node == key]
     for record in reversed(known):
         if record.kind in ("checkpoint", "release"):
-            return str(store.folder(record.stage, record.fingerprint) / "model")
+            return str(store.files(record) / "model")
     if known:
         raise FmopsError(
             f"{known[-1].key} is a {known[-1].kind}. Only a checkpoint, a release or a model is evaluated."

@@ -49,6 +49,10 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         return step.record
     out = project.store.folder(step.node.stage.name, step.fingerprint)
     with locked(project.store.root / "locks" / out.name, wait_s=10):
+        kept = project.store.made_here(step.node.stage.name, step.fingerprint)
+        if kept:
+            # Killed, or cut off from the bucket, before it got there.
+            return project.store.commit(kept)
         out.mkdir(parents=True, exist_ok=True)
         inputs = {**_artifacts(project, step), **_sources(step, planner.sources)}
         context = StageContext(
@@ -68,7 +72,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             **{name: float(f"{value:.5g}") for name, value in context.cost.items()},
         }
         record = _record(project, step, artifact, cost, context.environment)
-        project.store.commit(record)
+        record = project.store.commit(record)
         # Only now: a stage killed while it commits still finds its resume state.
         discard_work(out)
     return record

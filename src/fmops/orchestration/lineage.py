@@ -41,8 +41,8 @@ def show_record(store: Store, record: Record) -> str:
     from rich.text import Text
 
     parts: list[RenderableType] = [Text.assemble((record.key, "bold"), f"  {record.kind} of node {record.node}")]
-    folder = store.folder(record.stage, record.fingerprint)
-    facts = {"made": record.created, "folder": str(folder), "digest": record.digest, "seed": record.seed}
+    place = store.uri(record) if store.shared else str(store.folder(record.stage, record.fingerprint))
+    facts = {"made": record.created, "folder": place, "digest": record.digest, "seed": record.seed}
     aliases = [alias for alias, key in store.aliases().items() if key == record.key]
     parts.append(_fields({**facts, "aliases": ", ".join(aliases)} if aliases else facts))
     sections: dict[str, Mapping[str, object]] = {

@@ -15,9 +15,12 @@ from fmops.artifacts import Source
 from fmops.lifecycle import Lifecycle, read_lifecycle
 from fmops.orchestration.graph import Graph, build
 from fmops.orchestration.plan import Planner, wanted_sources
+from fmops.shared import Shared
 from fmops.store import Store
 
 WORKSPACE = ".fmops"
+STORE = "FMOPS_STORE"
+"""Environment variable that names a bucket; `--store` sets it, so that every process of a command sees the same."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Project:
         """Read the spec; the workspace is `.fmops` beside it unless named."""
         path = spec_path.resolve()
         spec = read_lifecycle(path)
-        store = Store((workspace or path.parent / WORKSPACE).resolve())
+        root = (workspace or path.parent / WORKSPACE).resolve()
+        store = Store(root, shared=_shared(spec, root))
         return cls(spec_path=path, spec=spec, graph=build(spec, path.parent), store=store)
 
     def resolve_sources(
@@ -58,3 +62,11 @@ class Project:
             return self.spec.runtime.threads
         # macOS has no affinity.
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shared(spec: Lifecycle, root: Path) -> Shared | None:
+    """The bucket that the command, the environment or the spec names."""
+    address = os.environ.get(STORE) or spec.runtime.store
+    gigabytes = spec.runtime.cache_gb
+    bound = None if gigabytes is None else int(gigabytes * 1e9)
+    return Shared(address, cache=root / "records", cache_bytes=bound) if address else None

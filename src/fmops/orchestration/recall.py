@@ -109,9 +109,8 @@ def _artifact(store: Store, what: str, records: list[Record]) -> Record | None:
 
 def _documents(store: Store, what: str, records: list[Record]) -> Iterator[Match]:
     for record in records:
-        folder = store.folder(record.stage, record.fingerprint)
         for name in LISTS.get(record.kind, ()):
-            for row in _rows(folder / name):
+            for row in _rows(store.files(record) / name):
                 name_of, source = str(row["id"]), str(row["source"])
                 if what in (name_of, row.get("sha256"), source) or name_of.endswith(f"/{what}"):
                     yield Match(name_of, source, record)

@@ -126,7 +126,7 @@ def _state_text(node: NodeRun) -> str:
 
 
 def _release(store: Store, record: Record) -> dict[str, Any]:
-    folder = store.folder(record.stage, record.fingerprint)
+    folder = store.files(record)
     card = folder / "MODEL_CARD.md"
     return {
         "key": record.key,

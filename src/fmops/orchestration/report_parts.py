@@ -221,7 +221,7 @@ def _curve(store: Store, node: NodeRun | None, field: str) -> list[Point]:
 
 
 def _folder(store: Store, record: Record) -> Path:
-    return store.folder(record.stage, record.fingerprint)
+    return store.files(record)
 
 
 def _metric(item: dict[str, Any]) -> tuple[str, str, str]:

@@ -192,7 +192,7 @@ def _before_and_after(project: Project, outcome: Outcome) -> list[str]:
 
 
 def _generations(project: Project, record: Record) -> dict[str, str]:
-    path = project.store.folder(record.stage, record.fingerprint) / "generations.jsonl"
+    path = project.store.files(record) / "generations.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     return {row["prompt"]: row["response"] for row in rows}
 

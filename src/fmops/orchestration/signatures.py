@@ -27,7 +27,9 @@ def sign_release(store: Store, record: Record) -> Path:
     stated = os.environ.get(PRIVATE_KEY)
     private = Path(stated) if stated else make_keys(store.root / "keys")[0]
     signature = signature_path(store, record)
-    sign_folder(store.folder(record.stage, record.fingerprint), signature, private_key=private)
+    sign_folder(store.files(record), signature, private_key=private)
+    if store.shared:
+        store.shared.keep(f"signatures/{signature.name}", signature)
     return signature
 
 
@@ -41,4 +43,6 @@ def check_release(store: Store, record: Record) -> None:
 
     stated = os.environ.get(PUBLIC_KEY)
     public = Path(stated) if stated else store.root / "keys" / PUBLIC
-    verify_folder(store.folder(record.stage, record.fingerprint), signature_path(store, record), public_key=public)
+    if store.shared:
+        store.shared.bring(f"signatures/{record.key}.sig", signature_path(store, record))
+    verify_folder(store.files(record), signature_path(store, record), public_key=public)
