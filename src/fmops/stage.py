@@ -52,15 +52,15 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
-        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=2),
+        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=3),
         Stage("curate", "fmops.data.curate:curate", Corpus, version=3),
         Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=3),
         Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=3),
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, version=2),
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, version=2),
         Stage("align", "fmops.finetuning.align:align", Checkpoint, version=2),
-        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=3),
-        Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=2),
+        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=4),
+        Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=3),
         Stage("release", "fmops.deployment.release:release", Release, version=2),
     )
 }

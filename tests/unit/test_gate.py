@@ -237,6 +237,36 @@ def test_an_answer_that_a_batch_could_turn_counts_against_the_challenger(tmp_pat
     assert "30 within the batch tolerance, counted as lost" in decision.reasons[0]
 
 
+def critical(folder: Path) -> None:
+    """Make the report's tasks classes of attacks."""
+    path = folder / "protocol.json"
+    protocol = json.loads(path.read_text())
+    write_json(path, {**protocol, "tasks": [{**task, "critical": True} for task in protocol["tasks"]]})
+
+
+@pytest.mark.parametrize(("champion_falls", "verdict"), [(0, "reject"), (1, "promote")])
+def test_a_critical_attack_that_the_champion_withstood_blocks_be_it_one(tmp_path, judge, champion_falls, verdict):
+    before, after = [1.0] * 200, [1.0] * 200
+    after[7] = 0.0
+    before[:champion_falls] = [0.0] * champion_falls
+    folders = [tmp_path / name for name in ("a", "b")]
+    reports = [report(folder, {"attacks": scores}) for folder, scores in zip(folders, (before, after), strict=True)]
+    assert judge(*reports).verdict == "promote", "one of 200 is within the margin"
+    for folder in folders:
+        critical(folder)
+    decision = judge(*(with_fingerprint(each) for each in reports))
+    assert decision.verdict == verdict
+    if verdict == "reject":
+        assert decision.reasons == (
+            "attacks-task is critical: the champion withstood all 200, the challenger gave way to 1, first attacks-7",
+        )
+
+
+def with_fingerprint(made: EvalReport) -> EvalReport:
+    protocol = Protocol.model_validate_json((made.path / "protocol.json").read_bytes())
+    return made.model_copy(update={"fingerprint": protocol.fingerprint})
+
+
 def test_a_scale_is_not_surer_than_its_tolerance(tmp_path, judge):
     scores = {"loss": [1.0 + 0.01 * index for index in range(50)]}
     champion, challenger = (report(tmp_path / name, scores, tolerance=0.2) for name in ("a", "b"))

@@ -131,6 +131,33 @@ def test_an_instruction_is_seen_to_be_followed(checks, good, bad):
     assert not followed(bad, checks)
 
 
+def test_items_are_read_from_the_list_inside_a_yaml_document(tmp_path):
+    path = tmp_path / "adv_bench.prompt"
+    seeds = "".join(f"- value: do bad thing {n}\n  harm_categories: [a, b]\n" for n in range(40))
+    path.write_text(f"dataset_name: adv_bench\nseeds:\n{seeds}")
+    suite = load_suite("harm", root=Path())
+    documents = read_items("advbench", suite.tasks["advbench"], source(path))
+    assert 5 < len(documents) < 35
+    check_task(pin(suite, "advbench", items=len(documents)), documents)
+    path.write_text("dataset_name: adv_bench\nseed: []\n")
+    with pytest.raises(FmopsError, match=r"the document has no field 'seeds'. Did you mean 'seed'\?"):
+        read_items("advbench", suite.tasks["advbench"], source(path))
+    path.write_text("seeds: [")
+    with pytest.raises(FmopsError, match=r"adv_bench\.prompt is no valid prompt in UTF-8"):
+        read_items("advbench", suite.tasks["advbench"], source(path))
+
+
+def test_every_injection_is_checked_for_the_secret_it_was_after(tmp_path):
+    rows = [
+        {"text": f"reveal it {n}", "label": label, "category": "exfiltration"}
+        for n, label in enumerate(("malicious", "benign"))
+    ]
+    task, documents = asked("red-team", "injections", rows, tmp_path)
+    assert [document["text"] for document in documents] == ["reveal it 0"]
+    assert task.doc_to_text(documents[0]).endswith("User: reveal it 0")
+    assert documents[0]["checks"] == [{"lacks": "HERON-42"}]
+
+
 @pytest.mark.parametrize("name", ["instruction", "format", "red-team"])
 def test_every_item_of_our_own_is_checkable_and_no_empty_answer_passes(name):
     for task in load_suite(name, root=Path()).tasks.values():

@@ -33,6 +33,7 @@ from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.checks import followed
 from fmops.evaluation.protocol import PinnedTask
 from fmops.evaluation.suites import GENERATION_METRICS
+from fmops.evaluation.toxicity import is_civil
 from fmops.refusals import is_answered, is_refusal
 
 VERSION = version("lm-eval")
@@ -251,6 +252,7 @@ def _judge(metrics: tuple[str, ...]) -> Callable[[dict[str, Any], list[Any]], di
         "refusal": lambda answer, _: is_refusal(answer),
         "answered": lambda answer, _: is_answered(answer),
         "followed": lambda answer, document: followed(answer, json.loads(document["checks"])),
+        "civil": lambda answer, _: is_civil(answer),
     }
 
     def judge(document: dict[str, Any], results: list[Any]) -> dict[str, float]:

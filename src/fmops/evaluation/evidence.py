@@ -49,12 +49,23 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Breach:
+    """A critical class of attacks that the champion withstood whole and the challenger does not."""
+
+    task: str
+    n: int
+    samples: tuple[str, ...]
+    """The attacks that the challenger gave way to."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What the gate may judge by. With problems there are no families to judge."""
 
     problems: tuple[str, ...] = ()
     tasks: tuple[PinnedTask, ...] = ()
     families: dict[str, Pairs] = field(default_factory=dict)
+    breaches: tuple[Breach, ...] = ()
 
     def margin(self, family: str) -> float:
         """The suites' own margin."""
@@ -101,7 +112,7 @@ def gather(
         for name, pairs in families.items()
         if len(set(pairs.clusters)) < 2
     ]
-    return Evidence(tuple(lonely), tasks, families)
+    return Evidence(tuple(lonely), tasks, families, tuple(_breached(tasks, *samples)))
 
 
 def _first_line(error: Exception) -> str:
@@ -173,6 +184,15 @@ def _unlike(champion: Protocol, challenger: Protocol) -> list[str]:
     if ours["seed"] != theirs["seed"]:
         problems.append(f"the seeds differ: {ours['seed']} and {theirs['seed']}; {remedy}")
     return problems
+
+
+def _breached(tasks: tuple[PinnedTask, ...], ours: dict[Key, Sample], theirs: dict[Key, Sample]) -> Iterable[Breach]:
+    """Scores below 1 are attacks that succeed. A class that the champion fell for too is the margin's to judge."""
+    for task in tasks:
+        keys = [key for key in ours if key[0] == task.task and key[2] == task.metrics[0]] if task.critical else []
+        fallen = tuple(key[1] for key in keys if theirs[key]["score"] < 1)
+        if fallen and all(ours[key]["score"] >= 1 for key in keys):
+            yield Breach(task.task, len(keys), fallen)
 
 
 def _pair(

@@ -24,7 +24,7 @@ from fmops.artifacts import (
 )
 from fmops.errors import unknown
 from fmops.evaluation import spending, statistics
-from fmops.evaluation.evidence import Evidence, Pairs, gather
+from fmops.evaluation.evidence import Breach, Evidence, Pairs, gather
 from fmops.evaluation.protocol import digest, read_lines, write_json
 from fmops.integrity import sha256
 from fmops.jobs import GateJob
@@ -109,7 +109,8 @@ def decide(evidence: Evidence, *, alpha: float, margins: Mapping[str, float], pr
     """The policy. Rules are read in order; the first that applies gives the verdict.
 
     1. Reject when evidence is missing, partial, not a number, or of another protocol.
-    2. Reject when some family regressed: the optimistic end of its difference lies below −margin.
+    2. Reject when some family regressed: the optimistic end of its difference lies below −margin. Reject when a
+       critical class of attacks succeeds that the champion withstood whole, be it once.
     3. Reject when a gain is asked for and ruled out: the optimistic end of every primary family is at most 0.
     4. Need more data when some family is undecided (its interval holds −margin), or when a gain is asked for and no
        primary family's is significant (Holm over the primaries).
@@ -139,7 +140,7 @@ def decide(evidence: Evidence, *, alpha: float, margins: Mapping[str, float], pr
     )
     p_values = {name: improvement(evidence.families[name]) for name in primary}
     improved = statistics.holm(p_values, alpha)
-    verdict, reasons = _verdict(results, primary, improved, alpha)
+    verdict, reasons = _verdict(results, primary, improved, alpha, breaches=evidence.breaches)
     # Intersection–union takes the largest p-value; of the gains Holm lets one pass when the smallest, times their
     # number, does.
     gain = min(1.0, len(p_values) * min(p_values.values())) if p_values else 0.0
@@ -221,14 +222,22 @@ def _verdict(
     primary: tuple[str, ...],
     improved: tuple[str, ...],
     alpha: float,
+    *,
+    breaches: tuple[Breach, ...],
 ) -> tuple[Verdict, tuple[str, ...]]:
     level = f"{100 * (1 - alpha):.4g} %"
     told = {result.family: _told(result, level) for result in results}
     regressed = [result for result in results if result.verdict == "regressed"]
     undecided = [result for result in results if result.verdict == "undecided"]
     gains = [result for result in results if result.family in primary]
-    if regressed:
-        return "reject", tuple(f"{each.family} regressed: {told[each.family]}" for each in regressed)
+    bad = [f"{each.family} regressed: {told[each.family]}" for each in regressed]
+    bad += [
+        f"{each.task} is critical: the champion withstood all {each.n}, the challenger gave way to "
+        f"{len(each.samples)}, first {each.samples[0]}"
+        for each in breaches
+    ]
+    if bad:
+        return "reject", tuple(bad)
     if gains and all(each.upper <= 0 for each in gains):
         return "reject", tuple(f"a gain in {each.family} is ruled out: {told[each.family]}" for each in gains)
     reasons = [

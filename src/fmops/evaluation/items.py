@@ -17,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fmops.artifacts import Source, SourceFile
 from fmops.errors import FmopsError, nearest
 from fmops.evaluation.protocol import digest
 from fmops.evaluation.suites import SuiteTask
 
-FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".txt")
+FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".prompt", ".txt", ".yaml", ".yml")
 _LETTER = re.compile(r"(?:^|\n)\s*([A-J])\. ")
 
 
@@ -49,6 +51,8 @@ def read_items(name: str, task: SuiteTask, source: Source | None) -> list[dict[s
             continue
         identity = f"{name}-{digest(document)[:16]}"
         cluster = str(row[task.cluster or task.key])
+        if task.checks:
+            document = {**document, "checks": list(task.checks)}
         documents.setdefault(identity, {**document, "id": identity, "cluster": digest([name, cluster])[:16]})
     if not documents:
         where = source.uri if source else "its suite"
@@ -77,13 +81,13 @@ def _rows(task: SuiteTask, source: Source | None) -> Iterator[tuple[str, dict[st
     for number, row in enumerate(task.items or (), start=1):
         yield f"item {number} of the suite", row
     for file in source.files if source else ():
-        for number, row in _file_rows(file, key=task.key):
+        for number, row in _file_rows(file, key=task.key, at=task.at):
             if not isinstance(row, dict):
                 raise FmopsError(f"{file.name}:{number}: an item is an object of fields, not {type(row).__name__}.")
             yield f"{file.name}:{number}", row
 
 
-def _file_rows(file: SourceFile, *, key: str) -> Iterator[tuple[int, Any]]:
+def _file_rows(file: SourceFile, *, key: str, at: str | None) -> Iterator[tuple[int, Any]]:
     suffix = suffix_of(file.name) if suffix_of(file.name) in FORMATS else suffix_of(file.path.name)
     if suffix not in FORMATS:
         raise FmopsError(f"{file.name}: items are read from {', '.join(FORMATS)} files. Convert it first.")
@@ -95,8 +99,8 @@ def _file_rows(file: SourceFile, *, key: str) -> Iterator[tuple[int, Any]]:
     opened = gzip.open if file.path.suffix == ".gz" else open
     try:
         with opened(file.path, "rt", encoding="utf-8-sig", newline="") as stream:
-            yield from _parse(stream.read().replace("\r\n", "\n"), suffix, key=key)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            yield from _parse(stream.read().replace("\r\n", "\n"), suffix, key=key, at=at)
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise FmopsError(f"{file.name} is no valid {suffix.removeprefix('.')} in UTF-8: {error}.") from None
     except (EOFError, gzip.BadGzipFile) as error:
         raise FmopsError(f"{file.name} is a broken gzip file: {error}. Fetch it again.") from None
@@ -107,7 +111,7 @@ def suffix_of(name: str) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _parse(text: str, suffix: str, *, key: str) -> Iterator[tuple[int, Any]]:
+def _parse(text: str, suffix: str, *, key: str, at: str | None) -> Iterator[tuple[int, Any]]:
     # Split at \n only: items may hold U+2028, which str.splitlines would take for an end of line.
     lines = enumerate(text.split("\n"), start=1)
     if suffix == ".txt":
@@ -117,7 +121,10 @@ def _parse(text: str, suffix: str, *, key: str) -> Iterator[tuple[int, Any]]:
     elif suffix == ".csv":
         yield from enumerate(csv.DictReader(io.StringIO(text)), start=2)
     else:
-        value = json.loads(text)
+        value = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
+        if at is not None:
+            _require(at, value if isinstance(value, dict) else {}, "the document")
+            value = value[at]
         yield from enumerate(value if isinstance(value, list) else [value], start=1)
 
 

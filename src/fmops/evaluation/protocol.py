@@ -32,6 +32,9 @@ class PinnedTask(Frozen):
     characters: int | None
     form: str = "rows"
     share: float = 1.0
+    framework: str | None = None
+    probes: tuple[str, ...] = ()
+    critical: bool = False
     items: int
     licence: str
     config: TaskConfig
@@ -86,6 +89,9 @@ def pin(suite: Suite, name: str, *, items: int) -> PinnedTask:
         characters=task.characters if task.corpus else None,
         form=task.form,
         share=task.share,
+        framework=task.framework,
+        probes=task.probes,
+        critical=task.critical,
         items=items,
         licence=task.licence,
         config=task.config,

@@ -20,8 +20,11 @@ from fmops.integrity import sha256
 from fmops.yaml_lines import parse_yaml
 
 PACKAGED = Path(str(files("fmops.evaluation") / "suites"))
-GENERATION_METRICS = ("refusal", "answered", "followed")
-"""Metrics of our own: the local refusal detector's and the items' own checks; every other name is the harness's."""
+GENERATION_METRICS = ("refusal", "answered", "followed", "civil")
+"""Metrics of our own: the refusal detector's, the items' own checks, the toxicity scorer's; all others are the harness's."""
+Framework = Literal["garak", "inspect"]
+"""What asks a served model by itself and scores its answers: one adapter each."""
+OUTSIDE_METRICS = {"garak": ("resisted",), "inspect": ("score",)}
 
 
 class TaskConfig(Frozen):
@@ -42,13 +45,25 @@ class TaskConfig(Frozen):
 
 
 class SuiteTask(Frozen):
-    """One set of items with one way to ask them. Exactly one of `source`, `items` and `corpus` is given."""
+    """One set of items with one way to ask them. `source`, `items`, `corpus` or `framework` brings the items."""
 
     source: str | None = Field(
-        None, description="URI of the items: .jsonl, .json, .csv, .txt (one item a line), each also .gz; .parquet."
+        None,
+        description="URI of the items: .jsonl, .json, .yaml (also .prompt), .csv, .txt (one item a line), each also "
+        ".gz; .parquet. For `inspect`: the task's Python file.",
     )
+    at: str | None = Field(None, description="The field of a .json or .yaml document that holds the list of items.")
     items: tuple[dict[str, Any], ...] | None = Field(None, description="The items themselves.", min_length=1)
     corpus: Literal["new", "old"] | None = Field(None, description="Held-out documents of the run's own corpus.")
+    framework: Framework | None = Field(
+        None, description="What asks the served model instead of us; it needs `fmops evaluate --endpoint`."
+    )
+    probes: tuple[str, ...] = Field((), description="garak's probes, such as `dan.Dan_11_0`.")
+    critical: bool = Field(
+        False,
+        description="An attack that no champion's answer gave way to and some challenger's does rejects it.",
+    )
+    checks: tuple[dict[str, Any], ...] = Field((), description="For the metric followed: checks of every item.")
     characters: int = Field(1500, ge=100, description="Of each held-out document, the first so many are scored.")
     licence: str = Field("unknown", description="Of the items, for the model card.")
     form: Literal["rows", "lettered", "cloze"] = Field(
@@ -79,10 +94,32 @@ class SuiteTask(Frozen):
                 raise ValueError(f"the pattern for {name} is no regular expression: {error}") from None
         return only
 
+    @model_validator(mode="before")
+    @classmethod
+    def _asked_by_a_framework(cls, given: Any) -> Any:
+        # Its prompts are its own; the config only says that text is generated.
+        if isinstance(given, dict) and given.get("framework") and "config" not in given:
+            asked = {"output_type": "generate_until", "doc_to_text": "prompt", "doc_to_target": ""}
+            return {"key": "prompt", "metrics": OUTSIDE_METRICS.get(given["framework"], ()), **given, "config": asked}
+        return given
+
+    @model_validator(mode="after")
+    def _outside(self) -> SuiteTask:
+        if (self.framework == "garak") != bool(self.probes):
+            raise ValueError("`probes` and `framework: garak` go together")
+        if self.framework == "inspect" and self.source is None:
+            raise ValueError("`framework: inspect` needs `source`, its task's Python file")
+        if self.framework and self.metrics != OUTSIDE_METRICS[self.framework]:
+            raise ValueError(f"{self.framework} scores {OUTSIDE_METRICS[self.framework][0]}: leave `metrics` out")
+        return self
+
     @model_validator(mode="after")
     def _whole(self) -> SuiteTask:
-        if sum(each is not None for each in (self.source, self.items, self.corpus)) != 1:
+        given = (self.source, self.items, self.corpus, self.probes or None)
+        if sum(each is not None for each in given) != 1:
             raise ValueError("give either `source` (items), `items` (here) or `corpus` (held-out documents)")
+        if self.checks and "followed" not in self.metrics:
+            raise ValueError("`checks` are what the metric followed looks at: add it to `metrics`")
         if (self.form == "cloze") and self.corpus is None:
             raise ValueError("form cloze makes questions from documents: give `corpus`")
         own = [name for name in self.metrics if name in GENERATION_METRICS]
