@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +73,6 @@ class Bucket:
         self._prefix = f"{prefix}/" if prefix else ""
         if not self._bucket:
             raise FmopsError(f"{address!r} names no bucket. Write s3://bucket/prefix.")
-
-    @cached_property
-    def _client(self) -> Any:
         attempts = int(os.environ.get("AWS_MAX_ATTEMPTS", ATTEMPTS))
         config = Config(
             retries={"mode": "standard", "total_max_attempts": attempts},
@@ -85,7 +81,7 @@ class Bucket:
             max_pool_connections=2 * PARTS_AT_ONCE,
         )
         with self._said("open"):
-            return boto3.client("s3", config=config)
+            self._client = boto3.client("s3", config=config)
 
     def read(self, name: str) -> tuple[bytes, str] | None:
         """Content and version of an object; None when there is none."""
