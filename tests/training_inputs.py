@@ -8,7 +8,8 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from fmops.artifacts import Checkpoint, Conversations, Corpus, Preferences
+from fmops.artifacts import Checkpoint, Conversations, Corpus, Preferences, Source
+from fmops.sources import resolve
 
 NAMES = sorted(topics)
 
@@ -88,6 +89,51 @@ def some_preferences(folder: Path, *, train: int = 24) -> Preferences:
     _write(folder / "train.jsonl", [row(name) for name in NAMES[:train]])
     _write(folder / "held_out.jsonl", [row(name) for name in NAMES[train : train + 4]])
     return Preferences(path=folder, pairs=train, held_out=4)
+
+
+REWARDS = """
+def brief(answer):
+    return -float(len(answer))
+
+
+def names_it(answer, *, topic, prompt):
+    return float(topic in answer)
+"""
+
+
+def some_votes(folder: Path, *, train: int = 24) -> Preferences:
+    """Documentation gets a thumb up, a shrug a thumb down: each on a prompt of its own."""
+
+    def row(index: int, name: str) -> dict[str, object]:
+        liked = index % 2 == 0
+        text = topics[name][:60].strip() if liked else "Who knows?"
+        prompt = [{"role": "user", "content": f"What about {name.lower()}?"}]
+        return {"id": name, "source": "topics", "prompt": prompt, "completion": text, "label": liked}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "train.jsonl", [row(*item) for item in enumerate(NAMES[:train])])
+    _write(folder / "held_out.jsonl", [row(*item) for item in enumerate(NAMES[train : train + 8])])
+    return Preferences(path=folder, pairs=train, held_out=8)
+
+
+def some_prompts(folder: Path, *, train: int = 8) -> Preferences:
+    """Questions to be answered; the topic is known to the reward."""
+
+    def row(name: str) -> dict[str, object]:
+        prompt = [{"role": "user", "content": f"What about {name.lower()}?"}]
+        return {"id": name, "source": "topics", "prompt": prompt, "columns": {"topic": name.lower()}}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "train.jsonl", [row(name) for name in NAMES[:train]])
+    _write(folder / "held_out.jsonl", [row(name) for name in NAMES[train : train + 4]])
+    return Preferences(path=folder, pairs=train, held_out=4)
+
+
+def some_rewards(folder: Path, text: str = REWARDS) -> Source:
+    """A reward file as the stage receives it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rewards.py").write_text(text)
+    return resolve("rewards.py", root=folder, cache=folder / "cache")
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from training_inputs import a_checkpoint, a_corpus, some_conversations, some_preferences
+from training_inputs import (
+    a_checkpoint,
+    a_corpus,
+    some_conversations,
+    some_preferences,
+    some_prompts,
+    some_rewards,
+    some_votes,
+)
 
 from fmops.artifacts import Checkpoint
 from fmops.errors import FmopsError
@@ -45,6 +53,19 @@ def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1
     if stage == "instruct":
         tuning = Instruct(batch_tokens=150, block_tokens=150, learning_rate=1e-3, checkpoints=3)
         return instruct(tuning, conversations=some_conversations(inputs / "talk"), **common)
+    if stage == "align-kto":
+        votes = some_votes(inputs / "votes")
+        return align(Align(method="kto", batch_pairs=4, learning_rate=1e-3), preferences=votes, **common)
+    if stage == "align-grpo":
+        sampled = Align(
+            method="grpo", reward={"rewards.py:brief": 1.0, "rewards.py:names_it": 9.0}, answers=4, answer_tokens=8,
+            batch_pairs=2, learning_rate=1e-3,
+        )  # fmt: skip
+        prompts = some_prompts(inputs / "prompts")
+        return align(sampled, preferences=prompts, rewards=some_rewards(inputs / "rewards"), **common)
+    if stage == "align-orpo":
+        pairs = some_preferences(inputs / "pairs")
+        return align(Align(method="orpo", batch_pairs=4, learning_rate=1e-3), preferences=pairs, **common)
     return align(
         Align(batch_pairs=4, learning_rate=1e-3, checkpoints=3),
         preferences=some_preferences(inputs / "pairs"),

@@ -88,13 +88,14 @@ class Conversations(Artifact):
 
 
 class Preferences(Artifact):
-    """Pairs for alignment: `train.jsonl`, `held_out.jsonl`, `contaminated.jsonl` as in a corpus.
+    """Examples for alignment: `train.jsonl`, `held_out.jsonl`, `contaminated.jsonl` as in a corpus.
 
-    Rows: `id`, `source`, `prompt` (messages, the last one from the user), `chosen`, `rejected` (assistant text).
+    Rows: `id`, `source`, `prompt` (messages, the last one from the user), and by what the method reads: `chosen`,
+    `rejected` (assistant text); or `completion`, `label` (whether it was liked); or `columns` (for the reward).
     """
 
     kind: ClassVar[str] = "preferences"
-    pairs: int
+    pairs: int = Field(description="Training examples, whatever their form.")
     held_out: int
     redactions: dict[str, int] = {}
     dropped: tuple[Dropped, ...] = ()

@@ -52,6 +52,8 @@ class ExampleJob(Frozen):
     held_out: float = 0.1
     max_tokens: int = 1024
     """Longer examples are dropped and counted."""
+    form: Literal["pairs", "votes", "prompts"] = "pairs"
+    """What preferences are read as; the method of alignment decides."""
 
 
 class EvaluateJob(Frozen):
@@ -61,6 +63,10 @@ class EvaluateJob(Frozen):
     """Items a task and held-out documents a domain; without rotation the benchmarks hold no more items."""
     rotation: str | None = None
     """Chooses this round's items: a digest of all that the candidate is made from. None keeps them over rounds."""
+    endpoint: str | None = None
+    """URL of an OpenAI-compatible endpoint that serves the model; it is asked instead of the weights."""
+    served_model: str | None = None
+    """The model's name there; None where the endpoint has one."""
 
 
 class GateJob(Gate):

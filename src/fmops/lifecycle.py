@@ -6,6 +6,7 @@ Refuses: unknown keys, wrong types, impossible combinations, duplicate keys, bef
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,17 @@ Uris = Annotated[
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Tuning = Literal["full", "lora"]
+_REWARD = re.compile(r"(?!.*://).+\.py:[A-Za-z_]\w*")
+
+
+def _as_weights(value: Any) -> Any:
+    return {value: 1.0} if isinstance(value, str) else value
+
+
+Rewards = Annotated[
+    dict[str, float],
+    BeforeValidator(_as_weights, json_schema_input_type=str | dict[str, float]),
+]
 Licence = Annotated[
     str | None, Field(description="Of the data, as its owner states it; the release's card and data list repeat it.")
 ]
@@ -49,7 +61,7 @@ class CorpusSource(Frozen):
 
 
 class ExampleSource(Frozen):
-    """Conversations or preferences; the form (messages, alpaca, ShareGPT; prompt/chosen/rejected) is recognised."""
+    """Conversations or preferences; the form (messages, alpaca, ShareGPT; pairs, votes, prompts) is recognised."""
 
     source: Uris
     licence: Licence = None
@@ -108,19 +120,54 @@ class Instruct(Frozen):
 
 
 class Align(Frozen):
-    """Alignment to preferences."""
+    """Alignment to preferences (dpo, orpo), to votes on single answers (kto), or to rewards (grpo)."""
 
     framework: Literal["trl"] = "trl"
-    method: Literal["dpo"] = "dpo"
+    method: Literal["dpo", "orpo", "kto", "grpo"] = Field(
+        "dpo", description="dpo and orpo read pairs, kto votes (or pairs, taken apart), grpo prompts and a reward."
+    )
     adapter: Tuning = Field("lora", description="`lora` trains an adapter and merges it; `full` moves every weight.")
     rank: int = Field(16, ge=1, description="LoRA rank; scale is twice the rank.")
-    learning_rate: Rate | None = Field(None, description="Peak rate. Left out: 1e-4 for LoRA, 1e-6 for full.")
-    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+    learning_rate: Rate | None = Field(None, description="Peak rate. Left out: the method's own (docs/finetuning.md).")
+    beta: float | None = Field(
+        None,
+        ge=0,
+        description="How strongly the policy is held to the reference; for orpo, the weight of the odds ratio. "
+        "Left out: 0.1; for grpo 0, which needs no reference.",
+    )
+    reward: Rewards = Field(
+        default={}, description="grpo: `rewards.py:function`, a file beside the spec; or several, each with its weight."
+    )
+    answers: int = Field(8, ge=2, description="grpo: answers sampled for a prompt; their mean reward is the baseline.")
+    answer_tokens: int = Field(128, ge=1, description="grpo: longest answer that is sampled.")
     epochs: float = Field(1.0, gt=0)
-    max_pairs: int | None = Field(None, ge=1, description="Use so many pairs at most, in seeded order.")
-    batch_pairs: int = Field(8, ge=1, description="Pairs an optimizer step sees.")
-    max_tokens: int = Field(512, ge=16, description="Longest prompt with answer, in tokens; longer pairs are refused.")
+    max_pairs: int | None = Field(None, ge=1, description="Most pairs (votes, prompts) to use, in seeded order.")
+    batch_pairs: int = Field(8, ge=1, description="Pairs (votes, prompts) an optimizer step sees.")
+    max_tokens: int = Field(512, ge=16, description="Longest prompt with answer, in tokens; longer ones are refused.")
     checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Align:
+        if self.method == "grpo" and not self.reward:
+            raise ValueError("grpo needs a reward: the name of a function, as in `reward: rewards.py:exact_answer`")
+        if self.method != "grpo" and self.reward:
+            raise ValueError(f"{self.method} learns from answers that people judged, not from a reward. Drop one")
+        if self.method != "grpo" and self.beta == 0:
+            raise ValueError(f"beta 0 leaves {self.method} nothing to learn. Leave it out, or raise it")
+        if self.method == "kto" and self.batch_pairs % 2:
+            raise ValueError(f"kto compares votes within a batch: batch_pairs {self.batch_pairs} must be even")
+        return self
+
+    @field_validator("reward")
+    @classmethod
+    def _local_functions(cls, rewards: dict[str, float]) -> dict[str, float]:
+        for name in rewards:
+            if not _REWARD.fullmatch(name):
+                raise ValueError(
+                    f"reward {name!r} is no `file.py:function` beside the spec. Rewards are code: they run from local "
+                    "files only"
+                )
+        return rewards
 
 
 class Evaluate(Frozen):
@@ -247,7 +294,9 @@ class Runtime(Frozen):
     store: str | None = Field(
         None, pattern=r"^s3://.+", description="s3://bucket/prefix that machines share; --store comes first."
     )
-    cache_gb: float | None = Field(None, ge=0, description="Of copies of what is in the store. Left out: half the disk.")
+    cache_gb: float | None = Field(
+        None, ge=0, description="Of copies of what is in the store. Left out: half the disk."
+    )
 
 
 class Lifecycle(Frozen):

@@ -19,8 +19,8 @@ import pytest
 
 from fmops.artifacts import Corpus
 from fmops.errors import Terminated
-from fmops.finetuning.align import Pair
 from fmops.finetuning.dialogue import Encoded
+from fmops.finetuning.preferences import Pair
 from fmops.lifecycle import Align, Instruct, Pretrain
 from fmops.stage import StageContext
 
@@ -86,7 +86,7 @@ def losses(stage: str, model: Path, folder: Path, *, parts: int = 1) -> list[flo
         ]
         trained, _ = trl_dpo.train(
             Align(batch_pairs=4, learning_rate=1e-3, checkpoints=2),
-            source=model, pairs=pairs, held_out=[], out=out, context=context,
+            source=model, examples=pairs, held_out=[], out=out, context=context,
         )  # fmt: skip
     return [row["loss"] for row in trained.curve if "loss" in row]
 

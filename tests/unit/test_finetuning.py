@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training_inputs import a_checkpoint, some_conversations, some_preferences
 
 from fmops.adapters.model_files import load_model
-from fmops.adapters.trl_dpo import held_out_preferences, plan_pairs
+from fmops.adapters.trl_align import plan_examples
+from fmops.adapters.trl_dpo import held_out_preferences
 from fmops.errors import FmopsError
-from fmops.finetuning.align import Pair, align
+from fmops.finetuning.align import align
 from fmops.finetuning.instruct import instruct
+from fmops.finetuning.preferences import Pair
 from fmops.lifecycle import Align, Instruct
 
 
@@ -90,18 +92,19 @@ def test_alignment_moves_held_out_preferences(adapter, base, tmp_path, context, 
 
 def test_a_pair_longer_than_max_tokens_is_refused_by_name(base, tmp_path, context):
     pairs = some_preferences(tmp_path / "pairs")
-    with pytest.raises(FmopsError, match=r"preference pair .* has \d+ tokens, more than align.max_tokens 16"):
+    with pytest.raises(FmopsError, match=r"preference .* has \d+ tokens, more than align.max_tokens 16"):
         align(Align(max_tokens=16), checkpoint=base, preferences=pairs, out=tmp_path / "out", context=context)
 
 
 def test_pairs_are_capped_and_fill_whole_micro_batches():
     pairs = [Pair((1, 2), (3,), (4, 5)) for _ in range(30)]
-    plan = plan_pairs(pairs, config=Align(max_pairs=21, batch_pairs=8), micro=4, seed=0)
+    config = Align(max_pairs=21, batch_pairs=8)
+    plan = plan_examples(pairs, config=config, whole=4, item="preference pairs", seed=0)
     assert len(plan.order) == len(set(plan.order)) == 20
     assert plan.steps == 3
     assert plan.tokens == 20 * 7
     with pytest.raises(FmopsError, match="3 preference pairs do not fill a batch of 4"):
-        plan_pairs(pairs[:3], config=Align(), micro=4, seed=0)
+        plan_examples(pairs[:3], config=Align(), whole=4, item="preference pairs", seed=0)
 
 
 def test_rewards_are_what_training_added():

@@ -89,7 +89,7 @@ def share_prefixes(model: Any, *, note: Callable[[str], None]) -> bool:
 
     @functools.wraps(type(model).forward)
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head or args or kwargs.get("attention_mask") is None:
+        if not fused_lm_head or args or kwargs.get("attention_mask") is None or len(kwargs["input_ids"]) % 2:
             return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _score(model, kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
 

@@ -119,6 +119,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """Held-out losses of the model as it is."""
     evaluate_at: frozenset[int]
     save_at: frozenset[int]
+    spikes: bool = True
+    """Whether a loss far above the others means that a step went wrong."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What the trainer found out in this step, for the curve."""
     keep: Keep | None = None
     """Judges each measured step; the run stops at the first that may not be kept."""
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -157,8 +161,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if step in self.left_out:
             self.quarantined[step] = LEFT_OUT
             return False
-        loss = math.fsum(self._losses) if all(map(math.isfinite, self._losses)) else self._first_not_finite()
-        why = fault_of(loss, gradient_norm, applied=[row["loss"] for row in self.curve if "loss" in row])
+        wrong = [loss for loss in self._losses if not math.isfinite(loss)]
+        loss = wrong[0] if wrong else math.fsum(self._losses)
+        applied = [row["loss"] for row in self.curve if "loss" in row and self.spikes]
+        why = fault_of(loss, gradient_norm, applied=applied)
         if why is None:
             return True
         self.quarantined[step] = why
@@ -166,14 +172,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.context.note(f"the {why} at step {step}: not applied, {self.plan.item} {blocks} quarantined")
         return False
 
-    def _first_not_finite(self) -> float:
-        return next(loss for loss in self._losses if not math.isfinite(loss))
-
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step, tokens = state.global_step, self._tokens(state.global_step)
-        row: dict[str, float] = {"step": step, "tokens": tokens}
+        row: dict[str, float] = {"step": step, "tokens": tokens, **self.measured}
         row |= {"quarantined": 1.0} if step in self.quarantined else {"loss": math.fsum(self._losses)}
         self._losses.clear()
+        self.measured.clear()
         if step in self.evaluate_at:
             row |= self.evaluate(model)
             if self.keep is not None and not self.keep(self.curve[0], row):

@@ -1,11 +1,12 @@
-"""The preferences stage: pairs of a better and a worse answer, in one form.
+"""The preferences stage: pairs of a better and a worse answer, votes on answers, or prompts to answer; in one form.
 
-Enters: prompt/chosen/rejected as strings or messages, or whole transcripts. Leaves: `train.jsonl`, `held_out.jsonl`.
+Enters: prompt/chosen/rejected as strings or messages, transcripts, thumbs. Leaves: `train.jsonl`, `held_out.jsonl`.
 Refuses: pairs with equal or empty answers, different prompts, too long, repeated, or from a benchmark; each is counted.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ from fmops.data.examples import Clean, Example, Message, Unfit, UnknownForm, kee
 from fmops.jobs import ExampleJob
 from fmops.stage import StageContext
 
-FORMS = (
+PAIRS = (
     "prompt, chosen, rejected, each a string or messages; chosen and rejected as messages with a common start; "
     "chosen and rejected as transcripts with \\n\\nHuman: and \\n\\nAssistant: turns."
 )
+VOTES = (
+    "prompt, completion (or response), label (true, false) or thumb (up, down), where prompt and completion are "
+    f"strings or messages; or pairs, which are taken apart: {PAIRS}"
+)
+PROMPTS = "prompt, a string or messages; every other key is handed to the reward by its name."
+LABELS: dict[Any, bool] = {True: True, False: False, "up": True, "down": False}
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -31,10 +38,10 @@ def prepare_preferences(
     context: StageContext,
     benchmarks: Benchmarks | None = None,
 ) -> Preferences:
-    """Clean the pairs and split them; a prompt is never on both sides.
+    """Clean the examples and split them; a prompt is never on both sides.
 
     Args:
-        config: redaction, held-out share, longest prompt with answer in tokens.
+        config: redaction, held-out share, longest prompt with answer in tokens, and the form that is wanted.
         base: its tokenizer counts.
 
     Raises:
@@ -43,21 +50,17 @@ def prepare_preferences(
     from fmops.adapters.tokens import DocumentTokenizer
 
     tokenizer = DocumentTokenizer(base.model)
+    read_form, forms = {"pairs": (_pair, PAIRS), "votes": (_vote, VOTES), "prompts": (_asked, PROMPTS)}[config.form]
 
     def read(fields: dict[str, Any], clean: Clean) -> Example:
-        prompt, chosen, rejected = read_pair(fields, clean)
+        example, longest = read_form(fields, clean)
+        prompt = example.row["prompt"]
         require_order(prompt, last="user")
-        if not chosen or not rejected:
-            raise Unfit("empty-answer")
-        if chosen == rejected:
-            raise Unfit("chosen-equals-rejected")
-        longest = max((chosen, rejected), key=len)
         if tokenizer.count_chat([*prompt, {"role": "assistant", "content": longest}]) > config.max_tokens:
             raise Unfit("too-long")
-        texts = (*(message["content"] for message in prompt), chosen, rejected)
-        return Example(texts, prompt[-1]["content"], {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        return example
 
-    kept = keep_examples(config, source, read=read, forms=FORMS, benchmarks=benchmarks, out=out, context=context)
+    kept = keep_examples(config, source, read=read, forms=forms, benchmarks=benchmarks, out=out, context=context)
     return Preferences(
         path=out,
         pairs=kept.train,
@@ -65,6 +68,64 @@ def prepare_preferences(
         redactions=dict(sorted(kept.redactions.items())),
         dropped=kept.dropped,
     )
+
+
+def _pair(fields: dict[str, Any], clean: Clean) -> tuple[Example, str]:
+    """A pair, and the longer of its answers."""
+    prompt, chosen, rejected = read_pair(fields, clean)
+    if not chosen or not rejected:
+        raise Unfit("empty-answer")
+    if chosen == rejected:
+        raise Unfit("chosen-equals-rejected")
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return _example(prompt, chosen, rejected, row=row), max((chosen, rejected), key=len)
+
+
+def _vote(fields: dict[str, Any], clean: Clean) -> tuple[Example, str]:
+    """One answer with a thumb, or a pair as it is: it is taken apart where it is learnt from."""
+    if "chosen" in fields and "rejected" in fields:
+        return _pair(fields, clean)
+    completion = fields.get("completion", fields.get("response"))
+    label = fields.get("label", fields.get("thumb"))
+    if completion is None or label is None or "prompt" not in fields:
+        raise UnknownForm
+    if label not in LABELS:
+        raise Unfit("no-vote")
+    answer = _side(completion, clean)
+    if len(answer) != 1 or answer[0]["role"] != "assistant":
+        raise Unfit("last-is-no-assistant")
+    if not answer[0]["content"]:
+        raise Unfit("empty-answer")
+    prompt, text, liked = _prompt(fields["prompt"], clean), answer[0]["content"], LABELS[label]
+    row = {"prompt": prompt, "completion": text, "label": liked}
+    return _example(prompt, text, "liked" if liked else "disliked", row=row), text
+
+
+def _asked(fields: dict[str, Any], clean: Clean) -> tuple[Example, str]:
+    """A prompt, and what its reward may want to know."""
+    if "prompt" not in fields:
+        raise UnknownForm
+    prompt = _prompt(fields["prompt"], clean)
+    columns = {key: _cleaned(value, clean) for key, value in fields.items() if key != "prompt"}
+    row = {"prompt": prompt, "columns": columns}
+    return _example(prompt, json.dumps(columns, ensure_ascii=False, sort_keys=True), row=row), ""
+
+
+def _example(prompt: list[Message], *texts: str, row: dict[str, Any]) -> Example:
+    if not prompt:
+        raise Unfit("empty-message")
+    return Example((*(message["content"] for message in prompt), *texts), prompt[-1]["content"], row)
+
+
+def _cleaned(value: Any, clean: Clean) -> Any:
+    """Texts at any depth, cleaned as the prompt is."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, list):
+        return [_cleaned(item, clean) for item in value]
+    if isinstance(value, dict):
+        return {key: _cleaned(item, clean) for key, item in value.items()}
+    return value
 
 
 def read_pair(fields: dict[str, Any], clean: Clean) -> tuple[list[Message], str, str]:

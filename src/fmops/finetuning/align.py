@@ -1,57 +1,60 @@
-"""Alignment: the model learns which of two answers people prefer.
+"""Alignment: the model learns which answers people prefer, like, or a function rewards.
 
-Enters: a checkpoint with a chat template, preference pairs. Leaves: a checkpoint.
-Refuses: pairs longer than `max_tokens`, and templates whose answers it cannot tell apart.
+Enters: a checkpoint with a chat template; pairs, votes or prompts. Leaves: a checkpoint.
+Refuses: examples longer than `max_tokens`, templates whose answers it cannot tell apart, rewards it cannot trust.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmops.artifacts import Checkpoint, Preferences
+from fmops.artifacts import Checkpoint, Preferences, Source
 from fmops.errors import FmopsError
-from fmops.finetuning.dialogue import Unusable, encode_dialogue
+from fmops.finetuning.preferences import read_pairs, read_prompts, read_votes
+from fmops.finetuning.rewards import load_rewards
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt with a better and a worse answer, as tokens; both answers end their turn."""
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens a model reads to learn from the pair: the prompt counts twice."""
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+READ: dict[str, Any] = {"dpo": read_pairs, "orpo": read_pairs, "kto": read_votes, "grpo": read_prompts}
 
 
 def align(
-    config: Align, *, checkpoint: Checkpoint, preferences: Preferences, out: Path, context: StageContext
+    config: Align,
+    *,
+    checkpoint: Checkpoint,
+    preferences: Preferences,
+    out: Path,
+    context: StageContext,
+    rewards: Source | None = None,
 ) -> Checkpoint:
-    """Align `checkpoint` to `preferences` by DPO; killed, and called again, it goes on where it was.
+    """Align `checkpoint` by `config.method`; killed, and called again, it goes on where it was.
+
+    Args:
+        config: the method and its dials.
+        checkpoint: whose model is aligned; it is the reference, too.
+        preferences: in the form that the method reads.
+        out: where model, adapter and curve are left.
+        context: seed, threads, precision.
+        rewards: the files of the functions that `config.reward` names.
 
     Raises:
-        FmopsError: a pair is too long, none is usable, or the chat template is ambiguous.
+        FmopsError: an example is too long, none is usable, the chat template is ambiguous, a reward is not to be used.
         StageFailed: a loss is not finite, or a resume state cannot be written.
     """
     from fmops.adapters.model_files import load_tokenizer
-    from fmops.adapters.trl_dpo import train
 
     tokenizer = load_tokenizer(checkpoint.model)
-    train_set = read_pairs(preferences.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
-    held_out = read_pairs(preferences.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
+    read = READ[config.method]
+    train_set = read(preferences.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
+    held_out = read(preferences.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
     if not train_set:
-        raise FmopsError("no preference pair can be learnt from. See the notes above, and name another source.")
-    result, measured = train(
-        config, source=checkpoint.model, pairs=train_set, held_out=held_out, out=out, context=context
-    )
+        raise FmopsError("no preference can be learnt from. See the notes above, and name another source.")
+    given: dict[str, Any] = {"examples": train_set, "held_out": held_out}
+    if config.method == "grpo":
+        given["rewards"] = load_rewards(config.reward, rewards, [*train_set, *held_out])
+    result, measured = _trainer(config.method)(config, source=checkpoint.model, out=out, context=context, **given)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     losses = [row["loss"] for row in result.curve if "loss" in row]
     return Checkpoint(
@@ -68,36 +71,8 @@ def align(
     )
 
 
-def read_pairs(path: Path, config: Align, *, tokenizer: Any, context: StageContext) -> list[Pair]:
-    """The pairs of a JSON Lines file as tokens. What cannot be used is counted and said, never dropped silently."""
-    pairs, unusable = [], {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        row = json.loads(line)
-        try:
-            pair = _pair(row, tokenizer=tokenizer)
-        except Unusable as reason:
-            unusable[row["id"]] = str(reason)
-            continue
-        longest = len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
-        if longest > config.max_tokens:
-            raise FmopsError(
-                f"preference pair {row['id']} has {longest} tokens, more than align.max_tokens {config.max_tokens}. "
-                "Raise max_tokens, or shorten it."
-            )
-        pairs.append(pair)
-    if unusable:
-        first = next(iter(unusable))
-        context.note(f"{len(unusable)} preference pairs in {path.name} left out; {first}: {unusable[first]}")
-    return pairs
+def _trainer(method: str) -> Any:
+    """The `train` of the method's adapter."""
+    from fmops.adapters import trl_dpo, trl_grpo, trl_kto, trl_orpo
 
-
-def _pair(row: dict[str, Any], *, tokenizer: Any) -> Pair:
-    answers = {}
-    prompts = set()
-    for side in ("chosen", "rejected"):
-        messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
-        prompt, answers[side] = encode_dialogue(messages, tokenizer=tokenizer).split()
-        prompts.add(prompt)
-    if len(prompts) > 1:
-        raise Unusable("its prompt is tokenised differently before the two answers")
-    return Pair(prompts.pop(), answers["chosen"], answers["rejected"])
+    return {"dpo": trl_dpo, "orpo": trl_orpo, "kto": trl_kto, "grpo": trl_grpo}[method].train

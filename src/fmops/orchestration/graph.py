@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from fmops.artifacts import Frozen
 from fmops.errors import unknown
@@ -26,6 +27,9 @@ from fmops.jobs import (
 from fmops.lifecycle import ExampleSource, Lifecycle
 from fmops.stage import STAGES, Stage
 
+Form = Literal["pairs", "votes", "prompts"]
+FORMS: dict[str, Form] = {"dpo": "pairs", "orpo": "pairs", "kto": "votes", "grpo": "prompts"}
+"""What each method of alignment reads."""
 TO_COME = "to come"
 """Stands for the round's rotation until the sources are known."""
 
@@ -151,15 +155,22 @@ class _Builder:
                 "instruct", "instruct", spec.instruct, {}, checkpoint=checkpoint, conversations=self.conversations
             )
         if spec.align and spec.data.preferences:
-            self.preferences = self._examples("preferences", spec.data.preferences, max_tokens=spec.align.max_tokens)
-            checkpoint = self.add("align", "align", spec.align, {}, checkpoint=checkpoint, preferences=self.preferences)
+            form = FORMS[spec.align.method]
+            self.preferences = self._examples(
+                "preferences", spec.data.preferences, max_tokens=spec.align.max_tokens, form=form
+            )
+            files = tuple(sorted({name.rpartition(":")[0] for name in spec.align.reward}))
+            sources = {"rewards": files} if files else {}
+            checkpoint = self.add(
+                "align", "align", spec.align, sources, checkpoint=checkpoint, preferences=self.preferences
+            )
         if checkpoint not in ("base", "pretrain"):
             report = self.evaluate(checkpoint, name="evaluate-candidate")
         return checkpoint, report
 
-    def _examples(self, stage: str, source: ExampleSource, *, max_tokens: int) -> str:
+    def _examples(self, stage: str, source: ExampleSource, *, max_tokens: int, form: Form = "pairs") -> str:
         curate = self.spec.curate
-        job = ExampleJob(redact=curate.redact, held_out=curate.held_out, max_tokens=max_tokens)
+        job = ExampleJob(redact=curate.redact, held_out=curate.held_out, max_tokens=max_tokens, form=form)
         return self.add(stage, stage, job, {"source": source.source}, base="base", benchmarks=self.benchmarks)
 
     def _earlier(self, stage: str, last: str) -> str | None:

@@ -63,6 +63,8 @@ def write_round(
         share = min(0.5, HELD_OUT_FILES / sum(map(len, new.values())))
         derived["curate"] = {**derived.get("curate", {}), "held_out": max(spec.curate.held_out, share)}
     derived.setdefault(stage, {})
+    if rewards := derived[stage].get("reward"):
+        derived[stage]["reward"] = {_moved(name, root, folder): weight for name, weight in rewards.items()}
     derived["evaluate"] = _evaluate(derived, spec, root, folder)
     derived["gate"] = _gate(derived, spec, stage)
     path = folder / "lifecycle.yaml"
