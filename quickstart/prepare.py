@@ -3,7 +3,7 @@
 Enters: the Python documentation of this interpreter; wheels by way of `fmops.sources`. Leaves: `quickstart/data/`.
 Refuses: prompts of the half that the harm and over-refusal suites ask; nothing here is trained on and measured.
 
-Run `python quickstart/prepare.py`, or with `--tiny` for small sets and a model of 1.3 M random parameters.
+Run `python quickstart/prepare.py`, or with `--tiny` for small sets and a model of 1.0 M random parameters.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def main(*, tiny: bool) -> None:
         from tiny_model import write_tiny_model
 
         write_tiny_model(DATA / "tiny-base")
-        print(f"{'tiny-base/':22}     a Llama of 1.3 M random parameters")
+        print(f"{'tiny-base/':22}     a Llama of 1.0 M random parameters")
 
 
 if __name__ == "__main__":

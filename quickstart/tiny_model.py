@@ -1,6 +1,6 @@
 """A small Llama with random weights and a tokenizer trained on Python's own documentation.
 
-Enters: an output folder. Leaves: a Hugging Face model folder (about 1.3 M parameters, ChatML template, pad ≠ eos).
+Enters: an output folder. Leaves: a Hugging Face model folder (about 1.0 M parameters, ChatML template, pad ≠ eos).
 Refuses: nothing; it stands in for a real base model where there is no time for one (tests, `make quickstart-tiny`).
 """
 
@@ -23,6 +23,9 @@ def write_tiny_model(out: Path, *, seed: int = 0) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -56,6 +56,13 @@ class Project:
         return Planner(self.graph, self.store, self.resolve_sources(report))
 
     @property
+    def options(self) -> str:
+        """What a command needs to open this very project again, as one would type it from here."""
+        spec = f"--spec {os.path.relpath(self.spec_path)}"
+        usual = self.store.root == self.spec_path.parent / WORKSPACE
+        return spec if usual else f"{spec} --workspace {os.path.relpath(self.store.root)}"
+
+    @property
     def threads(self) -> int:
         """Threads a stage computes with: as the spec says, else every core this process may use."""
         if self.spec.runtime.threads:

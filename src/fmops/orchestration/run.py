@@ -113,7 +113,8 @@ class _Run:
             ending = (str(error) or type(error).__name__) if error else None
             self.log.add("run", "run-finished", error=ending, champion=champion)
             self.log.close()
-            report = self._record_run()
+            # Who stops a run waits for it: `fmops ui` fills the tracker from the records later.
+            report = self._record_run(tracked=not isinstance(error, KeyboardInterrupt))
         return Outcome(self.steps, self.folder, champion, report, self.alias)
 
     def _materialise(self, todo: list[str]) -> None:
@@ -156,13 +157,15 @@ class _Run:
         fault_site("run-event")
         self.log.add(name, event["event"], **{key: value for key, value in event.items() if key != "event"})
 
-    def _record_run(self) -> Path:
-        """Tracker rows and the report; made from records and events, so they can be made again."""
-        from fmops.adapters.mlflow import log_run
+    def _record_run(self, *, tracked: bool) -> Path:
+        """The report and the tracker's rows; made from records and events, so they can be made again."""
         from fmops.orchestration.report import write_report
 
         report = write_report(self.project.store, self.folder)
-        log_run(self.project.store, self.folder)
+        if tracked:
+            from fmops.adapters.mlflow import log_run
+
+            log_run(self.project.store, self.folder)
         return report
 
 

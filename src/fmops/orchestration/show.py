@@ -7,7 +7,6 @@ Refuses: to name a champion where there is none.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -95,7 +94,6 @@ def minimum_detectable(project: Project, pinned: Record | None, *, alpha: float)
 
 def render_outcome(project: Project, outcome: Outcome) -> str:
     """How a run ended, and what to do next."""
-    spec = os.path.relpath(project.spec_path)
     made = [step.record for step in outcome.steps.values() if step.record]
     if not outcome.executed:
         lines = [f"nothing to do: {len(made)} artifacts are up to date"]
@@ -108,17 +106,17 @@ def render_outcome(project: Project, outcome: Outcome) -> str:
         lines.append(f"report: {outcome.report}")
     if outcome.alias == "challenger" and outcome.champion != project.store.aliases().get("champion"):
         lines.append(f"challenger: {outcome.champion}; the champion is serving, so it has to win its traffic")
-        lines.append(f"next: fmops rollout start --spec {spec}")
+        lines.append(f"next: fmops rollout start {project.options}")
         return "\n".join(lines)
     lines.append(f"champion: {outcome.champion}")
-    lines.append(f"next: fmops serve --spec {spec}, then fmops chat --spec {spec}")
+    lines.append(f"next: fmops serve {project.options}, then fmops chat {project.options}")
     return "\n".join(lines)
 
 
 def render_status(project: Project) -> str:
     """Aliases, the last run and its stages, and who holds the workspace."""
     store = project.store
-    lines = [f"workspace: {store.root}"]
+    lines = [f"workspace: {store.root}", *([f"store: {store.place}"] if store.shared else [])]
     held = holder(store.root / "lock")
     if held:
         lines.append(f"running: {held}")
@@ -169,7 +167,7 @@ def find_release(project: Project, key: str) -> tuple[Record, Release]:
     from fmops.orchestration.signatures import check_release
 
     if key == "champion" and "champion" not in project.store.aliases():
-        raise FmopsError(f"no champion in {project.store.root}: nothing was released yet. Run `fmops run` first.")
+        raise FmopsError(f"no champion in {project.store.place}: nothing was released yet. Run `fmops run` first.")
     record = project.store.by_key(key)
     artifact = project.store.load(record)
     if not isinstance(artifact, Release):
