@@ -69,7 +69,7 @@ def _source(project: Project, model: str) -> str:
     if os.path.exists(model):  # noqa: PTH110  a path from where the command was given
         return os.path.abspath(model)  # noqa: PTH100
     names = ", ".join(sorted({*store.aliases(), *(r.key for r in store.records() if r.kind == "checkpoint")})) or "none"
-    raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.root}. Known there: {names}.")
+    raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.place}. Known there: {names}.")
 
 
 def _with_subject(project: Project, source: str) -> Graph:

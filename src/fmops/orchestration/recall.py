@@ -63,7 +63,7 @@ def recall(store: Store, what: str) -> Recall:
     if start is None and not matches:
         keys = [record.key for record in records]
         raise FmopsError(
-            f"no document and no artifact of {store.root} is called {what!r}.{nearest(what, keys)} A document is "
+            f"no document and no artifact of {store.place} is called {what!r}.{nearest(what, keys)} A document is "
             "named by the `id`, `sha256` or `source` that documents.jsonl gives it; `fmops status` lists artifacts."
         )
     roots = [start] if start else list({match.record.key: match.record for match in matches}.values())
