@@ -77,8 +77,10 @@ def run(spec: Path, workspace: Path | None) -> None:
 
 @cli.command()
 @click.argument("model")
+@click.option("--endpoint", help="URL up to /v1 of a server of this model: it is asked instead of the weights.")
+@click.option("--served", help="The model's name there, where the endpoint has several.")
 @with_spec
-def evaluate(model: str, spec: Path, workspace: Path | None) -> None:
+def evaluate(model: str, endpoint: str | None, served: str | None, spec: Path, workspace: Path | None) -> None:
     """Measure a model, a checkpoint or a release on the spec's suites."""
     from fmops.orchestration.evaluate import evaluate as evaluate_model
     from fmops.orchestration.evaluate import render_evaluation
@@ -86,7 +88,7 @@ def evaluate(model: str, spec: Path, workspace: Path | None) -> None:
 
     project = open_project(spec, workspace)
     with open_view() as view:
-        record = evaluate_model(project, model, view)
+        record = evaluate_model(project, model, view, endpoint=endpoint, served=served)
     click.echo(render_evaluation(record))
 
 

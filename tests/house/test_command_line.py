@@ -17,7 +17,7 @@ INTERFACE = {
     "init": ("folder",),
     "plan": SPEC,
     "run": SPEC,
-    "evaluate": ("model", *SPEC),
+    "evaluate": ("model", "--endpoint", "--served", *SPEC),
     "compare": ("a", "b", "--page", *SPEC),
     "status": SPEC,
     "show": ("artifact", *SPEC),

@@ -28,6 +28,7 @@ from lm_eval.api.registry import METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 
+from fmops.adapters.lm_eval_endpoint import EndpointLM
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.checks import followed
@@ -157,7 +158,7 @@ def _check_document(task: ConfigurableTask, entry: PinnedTask, document: dict[st
         )
 
 
-def check_fit(lm: SharedPrefixLM, entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
+def check_fit(lm: SharedPrefixLM | EndpointLM, entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
     """Look whether the model has room for every answer, before hours go into scoring other ones.
 
     Raises:
@@ -166,7 +167,8 @@ def check_fit(lm: SharedPrefixLM, entry: PinnedTask, documents: list[dict[str, A
     kind = entry.config.output_type
     if kind == "generate_until":
         lm.greedy(dict(entry.config.generation_kwargs or {}))
-    if kind not in ("multiple_choice", "loglikelihood"):
+    if kind not in ("multiple_choice", "loglikelihood") or isinstance(lm, EndpointLM):
+        # A server refuses by itself what does not fit.
         return
     task = build_task(entry, documents)
     for document in documents:
@@ -215,8 +217,9 @@ def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat
 
 def generate(lm: LM, prompts: list[str], *, max_tokens: int) -> list[str]:
     """Greedy answers to a few prompts, through the chat template where the tokenizer has one."""
-    chat = bool(getattr(lm.tokenizer, "chat_template", None))
-    texts = [lm.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt for prompt in prompts]
+    texts = [
+        lm.apply_chat_template([{"role": "user", "content": prompt}]) if lm.templated else prompt for prompt in prompts
+    ]
     options = {"max_gen_toks": max_tokens, "until": []}
     requests = [Instance("generate_until", {}, (text, options), 0) for text in texts]
     answers: list[str] = lm.generate_until(requests)

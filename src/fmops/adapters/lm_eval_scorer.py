@@ -83,6 +83,24 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         return f"prefix-tree/{self.pack_tokens}" if self.shares else "one-by-one"
 
     @property
+    def templated(self) -> bool:
+        """Whether chats go through a template; without one, prompts go in as they are."""
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def template_sha256(self) -> str | None:
+        """Digest of the chat template."""
+        return sha256(str(self.tokenizer.chat_template).encode()).hexdigest() if self.templated else None
+
+    @property
+    def engine(self) -> dict[str, str]:
+        """What scores depend on beside the harness, the items and the weights."""
+        return {
+            "torch": torch.__version__, "transformers": transformers.__version__, "dtype": "float32",
+            "batch": self.batch_mode,
+        }  # fmt: skip
+
+    @property
     def eot_token_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
@@ -278,8 +296,3 @@ def _keys(steps: Sequence[Step], answers: list[list[int]]) -> list[str]:
         work = json.dumps([above, step.tokens, step.depths, wanted])
         keys.append(sha256(work.encode()).hexdigest())
     return keys
-
-
-def versions() -> dict[str, str]:
-    """What scores depend on beside the harness, the items and the weights."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}

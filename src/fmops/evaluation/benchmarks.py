@@ -39,10 +39,12 @@ def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContex
     for suite in suites:
         for name, task in suite.tasks.items():
             documents = []
-            if task.corpus is None:
-                source = sources.get(items_input(name))
-                if source is None and task.items is None:
-                    raise FmopsError(f"task {name}: its items did not arrive as the input {items_input(name)}.")
+            source = sources.get(items_input(name))
+            if source is None and task.source is not None:
+                raise FmopsError(f"task {name}: its items did not arrive as the input {items_input(name)}.")
+            if task.framework is not None:
+                _keep_file(name, source, out)
+            elif task.corpus is None:
                 documents = choose(
                     read_items(name, task, source), most(task.share, config.limit), seed=context.seed, name=name
                 )
@@ -52,7 +54,8 @@ def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContex
                 write_lines(out / "items" / f"{name}.jsonl", documents)
                 items[name] = len(documents)
             entry = pin(suite, name, items=len(documents))
-            check_task(entry, documents)
+            if task.framework is None:
+                check_task(entry, documents)
             pinned.append(entry)
             context.progress(len(pinned), sum(len(each.tasks) for each in suites), unit="tasks")
     write_json(out / "tasks.json", [entry.model_dump(mode="json") for entry in pinned])
@@ -68,8 +71,19 @@ def _suite(name: str, index: int, sources: dict[str, Source]) -> Suite:
     return read_suite(source.files[0].path)
 
 
+def _keep_file(name: str, source: Source | None, out: Path) -> None:
+    """The framework's own description of the task; what it asks is known when it runs."""
+    if source is None:
+        return
+    if len(source.files) != 1:
+        raise FmopsError(f"task {name}: {source.uri} gives {len(source.files)} files. Name the task's one Python file.")
+    (out / "frameworks").mkdir(exist_ok=True)
+    shutil.copyfile(source.files[0].path, out / "frameworks" / f"{name}.py")
+
+
 def _clear(out: Path) -> None:
     # A killed attempt may have left half of the items; they are made again in seconds.
-    shutil.rmtree(out / "items", ignore_errors=True)
+    for name in ("items", "frameworks"):
+        shutil.rmtree(out / name, ignore_errors=True)
     (out / "tasks.json").unlink(missing_ok=True)
     (out / "items").mkdir(parents=True)

@@ -7,7 +7,6 @@ Refuses: suites whose documents are missing, scores that are no numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from fmops.errors import FmopsError
 from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
+from fmops.evaluation.outside import executable, run_outside
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.scoring import helpers, score
 from fmops.evaluation.statistics import clustered_mean
@@ -25,6 +25,7 @@ from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 
 if TYPE_CHECKING:
+    from fmops.adapters.lm_eval_endpoint import EndpointLM
     from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 
 Documents = list[dict[str, Any]]
@@ -46,6 +47,9 @@ def evaluate(
 ) -> EvalReport:
     """Score a checkpoint on every task of the benchmarks; a killed attempt goes on where it stopped.
 
+    With `config.endpoint` the checkpoint's server is asked instead of its weights; tasks of an outside framework meet
+    the model at an endpoint in either case.
+
     Args:
         corpus: brings the held-out documents of the suites domain and forgetting.
 
@@ -53,27 +57,38 @@ def evaluate(
         FmopsError: a suite without documents, or scores that are no numbers.
     """
     from fmops.adapters.lm_eval import VERSION
-    from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM, versions
+    from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE
 
-    tasks = _tasks(config, benchmarks, corpus, seed=context.seed)
+    every = _tasks(config, benchmarks, corpus, seed=context.seed)
+    tasks = [(task, documents) for task, documents in every if task.framework is None]
+    outside = [(task, _file(benchmarks, task)) for task, _ in every if task.framework is not None]
+    for task, _ in outside:
+        executable(str(task.framework))
     work = _resume(out)
-    lm = SharedPrefixLM(checkpoint.model, threads=context.threads)
-    templated = bool(lm.tokenizer.chat_template)
-    if not templated and any(task.chat for task, _ in tasks):
+    lm = _model(config, checkpoint, context)
+    if not lm.templated and any(task.chat for task, _ in tasks):
         context.note("the tokenizer has no chat template: prompts of chat tasks go in as they are")
     total = sum(task.items for task, _ in tasks)
-    with helpers(context.processes - 1, checkpoint.model, tasks, work, threads=context.threads):
+    # An endpoint takes several requests at a time by itself.
+    helping = 0 if config.endpoint else context.processes - 1
+    with helpers(helping, checkpoint.model, tasks, work, threads=context.threads):
         rows = score(lm, tasks, work, on_progress=lambda done: context.progress(done, total, unit="items"))
+    engine = {"lm-eval": VERSION, **lm.engine}
+    counted = {task.task: task for task, _ in tasks}
+    lm.journal, lm.on_progress = Journal(), lambda _: None
+    for task, version, answers in run_outside(lm, outside, work, limit=config.limit, seed=context.seed):
+        counted[task.task] = task
+        engine[str(task.framework)] = version
+        rows += answers
     if lm.truncated:
         context.note(f"{lm.truncated} prompts are longer than the model has room for: their beginning was left out")
     lm.journal = Journal(work / "generations.jsonl")
-    lm.on_progress = lambda _: None
     write_lines(out / "generations.jsonl", _generations(lm, corpus))
     protocol = Protocol(
-        tasks=tuple(task for task, _ in tasks),
-        engine={"lm-eval": VERSION, **versions(), "dtype": "float32", "batch": lm.batch_mode},
+        tasks=tuple(counted[task.task] for task, _ in every),
+        engine=engine,
         batch_tolerance=BATCH_TOLERANCE,
-        template_sha256=hashlib.sha256(str(lm.tokenizer.chat_template).encode()).hexdigest() if templated else None,
+        template_sha256=lm.template_sha256,
         prompts_sha256=prompts_digest(rows),
         seed=context.seed,
     )
@@ -82,6 +97,25 @@ def evaluate(
     metrics = summarise(protocol, rows)
     context.metrics(0, **{f"{metric.task}/{metric.name}": metric.value for metric in metrics})
     return EvalReport(path=out, metrics=metrics, fingerprint=protocol.fingerprint)
+
+
+def _model(config: EvaluateJob, checkpoint: Checkpoint, context: StageContext) -> SharedPrefixLM | EndpointLM:
+    """The weights, or the endpoint that serves them."""
+    if config.endpoint is None:
+        from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+
+        return SharedPrefixLM(checkpoint.model, threads=context.threads)
+    from fmops.adapters.lm_eval_endpoint import EndpointLM
+    from fmops.adapters.openai_endpoint import OpenAIEndpoint
+
+    endpoint = OpenAIEndpoint(config.endpoint, model=config.served_model)
+    context.note(f"{endpoint.url} is asked for {endpoint.model}; what it serves is its own word")
+    return EndpointLM(endpoint)
+
+
+def _file(benchmarks: Benchmarks, task: PinnedTask) -> Path | None:
+    path = benchmarks.path / "frameworks" / f"{task.task}.py"
+    return path.absolute() if path.is_file() else None
 
 
 def summarise(protocol: Protocol, rows: Rows) -> tuple[Metric, ...]:
@@ -111,9 +145,12 @@ def _tasks(
 ) -> list[tuple[PinnedTask, Documents]]:
     pinned = json.loads((benchmarks.path / "tasks.json").read_text(encoding="utf-8"))
     lot = seed if config.rotation is None else f"{seed}/{config.rotation}"
-    tasks = []
+    tasks: list[tuple[PinnedTask, Documents]] = []
     for entry in pinned:
         task = PinnedTask.model_validate(entry)
+        if task.framework is not None:
+            tasks.append((task, []))
+            continue
         if task.corpus is None:
             documents = read_lines(benchmarks.path / "items" / f"{task.task}.jsonl")
             if len(documents) != task.items:
@@ -159,7 +196,7 @@ def _cloze(task: PinnedTask, rows: Rows) -> Documents:
     return questions
 
 
-def _generations(lm: SharedPrefixLM, corpus: Corpus | None) -> list[dict[str, str]]:
+def _generations(lm: SharedPrefixLM | EndpointLM, corpus: Corpus | None) -> list[dict[str, str]]:
     """A few greedy answers, to be laid beside those of another checkpoint."""
     from fmops.adapters.lm_eval import generate
 

@@ -18,13 +18,19 @@ from fmops.evaluation.protocol import PinnedTask
 from fmops.faults import fault_site
 
 if TYPE_CHECKING:
+    from fmops.adapters.lm_eval_endpoint import EndpointLM
     from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 
 Entries = list[tuple[PinnedTask, list[dict[str, Any]]]]
 
 
 def score(
-    lm: SharedPrefixLM, entries: Entries, work: Path, *, on_progress: Callable[[float], None], worker: int = 0
+    lm: SharedPrefixLM | EndpointLM,
+    entries: Entries,
+    work: Path,
+    *,
+    on_progress: Callable[[float], None],
+    worker: int = 0,
 ) -> list[dict[str, Any]]:
     """Rows of all tasks; finished chunks come from the journals in `work`, and new ones go there.
 
@@ -35,7 +41,6 @@ def score(
     """
     from fmops.adapters.lm_eval import check_fit, run_task
 
-    templated = bool(lm.tokenizer.chat_template)
     for task, documents in entries:
         check_fit(lm, task, documents)
     rows: list[dict[str, Any]] = []
@@ -43,7 +48,7 @@ def score(
     for task, documents in entries:
         lm.journal = Journal(work / f"{task.task}.jsonl", worker=worker)
         lm.on_progress = lambda share, task=task, done=done: on_progress(done + share * task.items)  # type: ignore[misc]
-        rows += run_task(lm, task, documents, chat=task.chat and templated)
+        rows += run_task(lm, task, documents, chat=task.chat and lm.templated)
         lm.journal.close()
         done += task.items
         fault_site("evaluate.task")

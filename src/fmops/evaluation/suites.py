@@ -21,7 +21,7 @@ from fmops.yaml_lines import parse_yaml
 
 PACKAGED = Path(str(files("fmops.evaluation") / "suites"))
 GENERATION_METRICS = ("refusal", "answered", "followed", "civil")
-"""Metrics of our own: the refusal detector's, the items' own checks, the toxicity scorer's; all others are the harness's."""
+"""Metrics of our own: of the refusal detector, the items' checks, the toxicity scorer; others are the harness's."""
 Framework = Literal["garak", "inspect"]
 """What asks a served model by itself and scores its answers: one adapter each."""
 OUTSIDE_METRICS = {"garak": ("resisted",), "inspect": ("score",)}

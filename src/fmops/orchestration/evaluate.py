@@ -13,7 +13,7 @@ from dataclasses import replace
 from io import StringIO
 
 from fmops.errors import FmopsError
-from fmops.jobs import ImportJob
+from fmops.jobs import EvaluateJob, ImportJob
 from fmops.locks import locked
 from fmops.orchestration.events import View
 from fmops.orchestration.execute import execute
@@ -27,15 +27,21 @@ from fmops.store import Record
 SUBJECT = "subject"
 
 
-def evaluate(project: Project, model: str, view: View) -> Record:
+def evaluate(
+    project: Project, model: str, view: View, *, endpoint: str | None = None, served: str | None = None
+) -> Record:
     """Measure a model as the spec's own checkpoints are measured, so that both can be compared.
+
+    Args:
+        endpoint: URL of an OpenAI-compatible endpoint that serves the model; it is asked instead of the weights.
+        served: the model's name there.
 
     Raises:
         FmopsError: the spec has no suites, or `model` is neither known here nor the source of a model.
     """
     if "evaluate-base" not in project.graph.nodes:
         raise FmopsError(f"{project.spec_path.name} has no `evaluate`: add it, with suites, to say what is measured.")
-    project = replace(project, graph=_with_subject(project, _source(project, model)))
+    project = replace(project, graph=_with_subject(project, _source(project, model), endpoint=endpoint, served=served))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(project.threads))
     # Libraries read these at import, which the stages do.
     os.environ.update(threads)
@@ -72,7 +78,7 @@ def _source(project: Project, model: str) -> str:
     raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.place}. Known there: {names}.")
 
 
-def _with_subject(project: Project, source: str) -> Graph:
+def _with_subject(project: Project, source: str, *, endpoint: str | None, served: str | None) -> Graph:
     """The part of the graph that an evaluation needs, with the model in the place of the base."""
     nodes = project.graph.nodes
     pattern = nodes["evaluate-base"]
@@ -82,7 +88,12 @@ def _with_subject(project: Project, source: str) -> Graph:
             wanted |= set(nodes[name].artifacts.values())
     label = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[-32:]
     subject = Node(name=SUBJECT, stage=STAGES["import"], config=ImportJob(), sources={"source": (source,)})
-    measured = replace(pattern, name=f"evaluate-{label}", artifacts={**pattern.artifacts, "checkpoint": SUBJECT})
+    assert isinstance(pattern.config, EvaluateJob)
+    job = pattern.config.model_copy(update={"endpoint": endpoint, "served_model": served})
+    label += "-served" if endpoint else ""
+    measured = replace(
+        pattern, config=job, name=f"evaluate-{label}", artifacts={**pattern.artifacts, "checkpoint": SUBJECT}
+    )
     kept = {name: node for name, node in nodes.items() if name in wanted}
     return replace(project.graph, nodes={**kept, SUBJECT: subject, measured.name: measured})
 

@@ -1,0 +1,130 @@
+"""A served model behind lm-evaluation-harness's interface: what is scored is what is served.
+
+Enters: an OpenAI-compatible endpoint, requests. Leaves: greedy answers, log-likelihoods of prompts.
+Refuses: log-likelihoods of chats, and options that are not greedy.
+
+Log-likelihoods come from `echo` with `logprobs`; the first token of a text has none and counts as nothing. Both arms of
+a comparison are asked alike: the engine is part of the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+
+from fmops.adapters.lm_eval_generation import UNDERSTOOD
+from fmops.adapters.openai_endpoint import OpenAIEndpoint
+from fmops.errors import FmopsError
+from fmops.evaluation.journal import Journal
+
+AT_ONCE = 8
+"""Requests on their way; a server batches them as it batches those of its users."""
+MOST_STOPS = 4
+"""As OpenAI's API allows; the others cut the answer here."""
+_CHAT = "\x00chat:"
+
+
+class EndpointLM(LM):  # type: ignore[misc]
+    """Asks a served model. It stands where `SharedPrefixLM` stands."""
+
+    batch_mode = "endpoint"
+    templated = True
+    template_sha256: str | None = None
+    """The server's own; it is not shown."""
+    max_length: int | None = None
+    truncated = 0
+
+    def __init__(self, endpoint: OpenAIEndpoint) -> None:
+        super().__init__()
+        self.endpoint = endpoint
+        self.journal = Journal()
+        self.on_progress: Callable[[float], None] = lambda _: None
+
+    @property
+    def engine(self) -> dict[str, str]:
+        """What scores depend on beside the harness, the items and the weights."""
+        return {"dtype": "as served", "batch": self.batch_mode}
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "endpoint"
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The dialogue itself: the server has the template."""
+        return _CHAT + json.dumps(chat_history, ensure_ascii=False)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            self.greedy(request.args[1])
+        answers: list[str] = self._all("generate", [request.args for request in requests], self._generate)
+        return answers
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        scored = self._all("score", [request.args for request in requests], self._score)
+        return [(float(value), bool(greedy)) for value, greedy in scored]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        scored = self._all("score", [("", request.args[0]) for request in requests], self._score)
+        return [float(value) for value, _ in scored]
+
+    def greedy(self, given: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+        """A task's `generation_kwargs`, checked: most tokens, stop strings.
+
+        Raises:
+            FmopsError: more than greedy decoding is asked for.
+        """
+        options = dict(normalize_gen_kwargs(given))
+        strange = sorted(options.keys() - UNDERSTOOD)
+        if given.get("do_sample") or given.get("temperature") or strange:
+            raise FmopsError(
+                f"generation_kwargs: {', '.join(strange) or 'do_sample'} is not greedy decoding, which lets two "
+                "evaluations be compared. Drop it."
+            )
+        return int(options["max_gen_toks"]), tuple(text for text in options["until"] if text)
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        most, until = self.greedy(options)
+        if context.startswith(_CHAT):
+            messages = json.loads(context.removeprefix(_CHAT))
+            text = self.endpoint.chat(messages, max_tokens=most, stop=until[:MOST_STOPS])
+        else:
+            text = self.endpoint.complete(context, max_tokens=most, stop=until[:MOST_STOPS])
+        answer: str = postprocess_generated_text(generation=text, stop=list(until), think_end_token=None)
+        return answer
+
+    def _score(self, context: str, answer: str) -> tuple[float, bool]:
+        if context.startswith(_CHAT):
+            raise FmopsError(
+                "an endpoint tells no log-likelihoods of a chat. Drop `chat`, or evaluate the model itself."
+            )
+        # Spaces between both belong to the answer, as in the harness: tokens begin with them.
+        kept = context.rstrip()
+        answer = context[len(kept) :] + answer
+        tokens = self.endpoint.prompt_logprobs(kept + answer)
+        mine = [(value, best) for offset, value, best in tokens if offset >= len(kept) and value is not None]
+        if not mine:
+            raise FmopsError(f"{self.endpoint.url} tells no log-probabilities of a prompt (`echo` with `logprobs`).")
+        return sum(value for value, _ in mine), all(best for _, best in mine)
+
+    def _all(self, kind: str, requests: list[Any], ask: Callable[..., Any]) -> list[Any]:
+        """Each request once, several at a time; finished ones come from the journal."""
+        keys = [sha256(json.dumps([kind, *request]).encode()).hexdigest() for request in requests]
+        wanted = {key: request for key, request in zip(keys, requests, strict=True) if self.journal.get(key) is None}
+        found: dict[str, Any] = {}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            futures = {key: pool.submit(ask, *request) for key, request in wanted.items()}
+            try:
+                for key, future in futures.items():
+                    found[key] = future.result()
+                    self.journal.add(key, found[key])
+                    self.on_progress((len(keys) - len(wanted) + len(found)) / len(keys))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return [found.get(key, self.journal.get(key)) for key in keys]

@@ -1,0 +1,131 @@
+"""A served model behind an OpenAI-compatible endpoint, as evaluation asks it: greedily, and again when it is busy.
+
+Enters: a base URL that ends in /v1, request bodies. Leaves: answers as JSON objects.
+Refuses: an endpoint that does not answer, a request that it calls wrong, an answer of another shape; by name.
+
+A key comes from the environment (`FMOPS_API_KEY`, else `OPENAI_API_KEY`): it belongs in no spec and in no record.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from fmops.errors import FmopsError
+
+TRIES = 6
+BUSY = (429, 502, 503, 504)
+LONGEST_WAIT_S = 30.0
+TIMEOUT_S = 600.0
+
+
+class OpenAIEndpoint:
+    """One model of one endpoint. Threads may share it."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Without `model`, the endpoint's only one.
+
+        Raises:
+            FmopsError: nobody answers at `url`, or it serves several models, or not this one.
+        """
+        self.url = url.rstrip("/")
+        key = os.environ.get("FMOPS_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(headers=headers, timeout=TIMEOUT_S, transport=transport)
+        weakref.finalize(self, self._client.close)
+        self._sleep = sleep
+        served = [str(card["id"]) for card in _field(self._ask("GET", "models", None), "data", self.url)]
+        if model is None and len(served) != 1:
+            raise FmopsError(f"{self.url} serves {', '.join(served) or 'nothing'}: name the one that is meant.")
+        if model is not None and model not in served:
+            raise FmopsError(f"{self.url} serves no model {model!r}, but {', '.join(served) or 'nothing'}.")
+        self.model = model or served[0]
+
+    def chat(self, messages: list[dict[str, str]], *, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
+        """The greedy answer to a dialogue."""
+        choice = self._choice("chat/completions", {"messages": messages, **_greedy(max_tokens, stop)})
+        # A server may say null for an answer without text.
+        return str(_field(choice, "message", self.url).get("content") or "")
+
+    def complete(self, prompt: str, *, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
+        """The greedy continuation of a text."""
+        choice = self._choice("completions", {"prompt": prompt, **_greedy(max_tokens, stop)})
+        return str(_field(choice, "text", self.url))
+
+    def prompt_logprobs(self, text: str) -> list[tuple[int, float | None, bool]]:
+        """Of each token of the text: where it begins, its log-probability given those before it, whether it is the
+        likeliest one. The first token has none."""
+        body = {"prompt": text, "echo": True, "logprobs": 1, **_greedy(1, ())}
+        found = _field(self._choice("completions", body), "logprobs", self.url) or {}
+        rows = zip(
+            *(_field(found, name, self.url) for name in ("text_offset", "token_logprobs", "top_logprobs")), strict=True
+        )
+        return [
+            (offset, value, value is not None and value >= max((top or {}).values(), default=value))
+            for offset, value, top in rows
+            if offset < len(text)
+        ]
+
+    def _choice(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = self._ask("POST", route, {"model": self.model, **body})
+        choices = _field(answer, "choices", self.url)
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise FmopsError(f"{self.url}/{route} answered without a choice. Is it an OpenAI-compatible endpoint?")
+        first: dict[str, Any] = choices[0]
+        return first
+
+    def _ask(self, method: str, route: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        for attempt in range(1, TRIES + 1):
+            try:
+                response = self._client.request(method, f"{self.url}/{route}", json=body)
+            except httpx.TransportError as error:
+                raise FmopsError(
+                    f"no answer from {self.url}/{route}: {type(error).__name__}. Start it (`fmops serve`), "
+                    "and give its address up to /v1."
+                ) from None
+            if response.status_code in BUSY and attempt < TRIES:
+                self._sleep(_wait_s(response, attempt))
+                continue
+            return self._read(response, route)
+        raise AssertionError("unreachable")
+
+    def _read(self, response: httpx.Response, route: str) -> dict[str, Any]:
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if response.status_code != 200:
+            told = answer.get("error") if isinstance(answer, dict) else None
+            text = told.get("message") if isinstance(told, dict) else response.text[:200]
+            remedy = " Set FMOPS_API_KEY." if response.status_code in (401, 403) else ""
+            raise FmopsError(f"{self.url}/{route} answered {response.status_code}: {text}.{remedy}")
+        if not isinstance(answer, dict):
+            raise FmopsError(f"{self.url}/{route} answered no JSON object. Is it an OpenAI-compatible endpoint?")
+        return answer
+
+
+def _greedy(max_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
+    return {"max_tokens": max_tokens, "temperature": 0, **({"stop": list(stop)} if stop else {})}
+
+
+def _wait_s(response: httpx.Response, attempt: int) -> float:
+    stated = response.headers.get("Retry-After", "")
+    return min(float(stated) if stated.isdigit() else 2.0 ** (attempt - 1), LONGEST_WAIT_S)
+
+
+def _field(value: Any, name: str, url: str) -> Any:
+    if not isinstance(value, dict) or name not in value:
+        raise FmopsError(f"{url} answered without {name!r}. Is it an OpenAI-compatible endpoint?")
+    return value[name]

@@ -1,0 +1,139 @@
+"""What is scored is what is served: an evaluation by an endpoint, on a real server, beside one of the weights."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from fmops.adapters.lm_eval_endpoint import EndpointLM
+from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+from fmops.adapters.openai_endpoint import OpenAIEndpoint
+from fmops.artifacts import Benchmarks, Checkpoint
+from fmops.deployment.serving.engine import load_engine
+from fmops.errors import FmopsError
+from fmops.evaluation.evaluate import evaluate
+from fmops.evaluation.gate import gate
+from fmops.evaluation.journal import Journal
+from fmops.evaluation.protocol import pin, read_lines, write_json, write_lines
+from fmops.evaluation.suites import load_suite
+from fmops.jobs import EvaluateJob, GateJob
+from fmops.stage import StageContext
+from tests.loop.test_serving import running
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model):
+    engine = load_engine("transformers", tiny_model, max_tokens=512, threads=1)
+    with running(engine) as box:
+        yield f"{box.url}/v1"
+    engine.close()
+
+
+@pytest.fixture
+def served(url):
+    return EndpointLM(OpenAIEndpoint(url))
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_model):
+    return SharedPrefixLM(tiny_model, threads=1)
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(kind, {}, each, place) for place, each in enumerate(arguments)]
+
+
+def test_answers_of_the_endpoint_score_as_those_of_the_weights(served, weights):
+    pairs = [("def f(x):", " return x"), ("the class object ", "returns a value"), ("a " * 300 + "class", " value")]
+    asked = requests("loglikelihood", *pairs)
+    for (ours, greedy), (theirs, wanted) in zip(
+        served.loglikelihood(asked), weights.loglikelihood(asked), strict=True
+    ):  # fmt: skip
+        assert ours == pytest.approx(theirs, abs=2e-4)
+        assert greedy == wanted
+
+
+def test_generations_of_the_endpoint_are_those_of_the_weights(served, weights):
+    options = {"max_gen_toks": 12, "until": ["\n\n\n"]}
+    texts = [
+        lm.generate_until(
+            requests("generate_until", ("def f(", options), (lm.apply_chat_template(chat), options))
+        )
+        for lm in (served, weights)
+        for chat in [[{"role": "user", "content": "What is a tuple?"}]]
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_a_likelihood_of_a_chat_is_refused(served):
+    chat = served.apply_chat_template([{"role": "user", "content": "2 + 2?"}])
+    with pytest.raises(FmopsError, match="tells no log-likelihoods of a chat"):
+        served.loglikelihood(requests("loglikelihood", (chat, " 4")))
+
+
+def test_options_that_are_not_greedy_are_refused(served):
+    with pytest.raises(FmopsError, match="generation_kwargs: num_beams is not greedy"):
+        served.generate_until(requests("generate_until", ("a", {"num_beams": 4})))
+
+
+def test_finished_requests_are_not_asked_again(served, tmp_path):
+    asked = requests("loglikelihood", ("a", " value"), ("a", " class"))
+    served.journal = Journal(tmp_path / "task.jsonl")
+    first = served.loglikelihood(asked)
+    served.endpoint = None
+    served.journal = Journal(tmp_path / "task.jsonl")
+    assert served.loglikelihood(asked) == first
+
+
+@pytest.fixture
+def measure(tmp_path, tiny_model):
+    """Evaluate the tiny model on a likelihood task and a chat task; by its endpoint when one is given."""
+    items = tmp_path / "benchmarks" / "items"
+    items.mkdir(parents=True)
+    asked = {"openbookqa": ("capability", 8), "harmbench": ("harm", 3)}
+    pinned = []
+    for name, (suite, count) in asked.items():
+        key = "prompt" if name == "harmbench" else "question"
+        write_lines(
+            items / f"{name}.jsonl",
+            [{"id": f"{name}-{n}", "cluster": f"{n}", key: f"what is {n}", "choices": ["one", "two"], "label": n % 2}
+             for n in range(count)],
+        )  # fmt: skip
+        pinned.append(pin(load_suite(suite, root=tmp_path), name, items=count).model_dump(mode="json"))
+    write_json(items.parent / "tasks.json", pinned)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model").symlink_to(tiny_model)
+
+    def run(out: str, endpoint: str | None):
+        (tmp_path / out).mkdir()
+        return evaluate(
+            EvaluateJob(endpoint=endpoint),
+            checkpoint=Checkpoint(path=tmp_path / "base", stage="base", parameters=1, trained_tokens=0),
+            benchmarks=Benchmarks(path=items.parent, items={name: count for name, (_, count) in asked.items()}),
+            out=tmp_path / out,
+            context=StageContext(stream=io.StringIO()),
+        )
+
+    return run
+
+
+def test_two_served_models_may_be_compared_and_a_served_one_with_weights_may_not(measure, url, tmp_path):
+    weights, served, again = measure("weights", None), measure("served", url), measure("again", url)
+    scores = [
+        {(row["sample"], row["metric"]): row["score"] for row in read_lines(tmp_path / name / "samples.jsonl")}
+        for name in ("weights", "served")
+    ]
+    assert scores[0] == scores[1]
+    policy = GateJob(primary=(), margins={"capability": 0.99, "harm": 0.99})
+
+    def decide(champion, challenger):
+        return gate(
+            policy, champion=champion, challenger=challenger, out=tmp_path, context=StageContext(stream=io.StringIO())
+        )
+
+    assert decide(served, again).verdict == "promote"
+    mixed = decide(weights, served)
+    assert mixed.verdict == "reject"
+    assert "the champion was measured with batch prefix-tree/256, the challenger with endpoint" in mixed.reasons[0]

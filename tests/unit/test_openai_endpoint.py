@@ -1,0 +1,115 @@
+"""An endpoint that is asked by evaluation: what it may answer, what is refused, and what is tried again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from fmops.adapters.openai_endpoint import LONGEST_WAIT_S, TRIES, OpenAIEndpoint
+from fmops.errors import FmopsError
+
+URL = "http://model.test/v1"
+CHAT = {"choices": [{"message": {"role": "assistant", "content": "Four."}}]}
+
+
+class Script:
+    """A server that answers what the test says, in turn; the last answer stays."""
+
+    def __init__(self, *answers: tuple[int, object] | Callable[[httpx.Request], httpx.Response]) -> None:
+        self.answers, self.asked, self.waited = list(answers), [], []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/models"):
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
+        self.asked.append((dict(request.headers), json.loads(request.content)))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if callable(answer):
+            return answer(request)
+        status, body = answer
+        headers = {"Retry-After": "7"} if status == 429 else {}
+        text = body if isinstance(body, str) else json.dumps(body)
+        return httpx.Response(status, content=text.encode(), headers=headers)
+
+    def endpoint(self, **given) -> OpenAIEndpoint:
+        return OpenAIEndpoint(URL, transport=httpx.MockTransport(self), sleep=self.waited.append, **given)
+
+
+def ask(endpoint: OpenAIEndpoint) -> str:
+    return endpoint.chat([{"role": "user", "content": "2 + 2?"}], max_tokens=8)
+
+
+def test_questions_are_greedy_and_the_key_stays_in_the_environment(monkeypatch):
+    monkeypatch.setenv("FMOPS_API_KEY", "sk-secret")
+    script = Script((200, CHAT))
+    assert ask(script.endpoint()) == "Four."
+    headers, body = script.asked[0]
+    assert headers["authorization"] == "Bearer sk-secret"
+    assert body == {
+        "model": "m", "messages": [{"role": "user", "content": "2 + 2?"}], "max_tokens": 8, "temperature": 0,
+    }  # fmt: skip
+
+
+def test_a_busy_server_is_asked_again_when_it_says_so():
+    script = Script((429, {"error": {"message": "slow down"}}), (503, "busy"), (200, CHAT))
+    assert ask(script.endpoint()) == "Four."
+    assert script.waited == [7.0, 2.0]
+
+
+def test_a_server_that_stays_busy_is_given_up():
+    script = Script((503, {"error": {"message": "no engine is ready"}}))
+    with pytest.raises(FmopsError, match=r"chat/completions answered 503: no engine is ready"):
+        ask(script.endpoint())
+    assert len(script.asked) == TRIES
+    assert max(script.waited) <= LONGEST_WAIT_S
+
+
+def refused(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused")
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ((400, {"error": {"message": "the prompt is longer than 512 tokens"}}), r"400: the prompt is longer than 512"),
+        ((401, {"error": {"message": "no such key"}}), r"401: no such key\. Set FMOPS_API_KEY"),
+        ((200, "<html>hello</html>"), r"answered no JSON object\. Is it an OpenAI-compatible endpoint\?"),
+        ((200, {"choices": []}), r"answered without a choice"),
+        ((200, {"object": "list"}), r"answered without 'choices'"),
+        ((200, {"choices": [{"text": "Four."}]}), r"answered without 'message'"),
+        (refused, r"no answer from http://model\.test/v1/chat/completions: ConnectError\. Start it \(`fmops serve`\)"),
+    ],
+)
+def test_what_is_no_answer_is_named(answer, told):
+    with pytest.raises(FmopsError, match=told):
+        ask(Script(answer).endpoint())
+
+
+def test_an_answer_without_text_is_empty():
+    assert ask(Script((200, {"choices": [{"message": {"content": None}}]})).endpoint()) == ""
+
+
+def test_the_model_is_named_where_several_are_served():
+    def several(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"data": [{"id": "a"}, {"id": "b"}]})
+
+    transport = httpx.MockTransport(several)
+    assert OpenAIEndpoint(URL, model="b", transport=transport).model == "b"
+    with pytest.raises(FmopsError, match=r"serves a, b: name the one that is meant"):
+        OpenAIEndpoint(URL, transport=transport)
+    with pytest.raises(FmopsError, match=r"serves no model 'c', but a, b"):
+        OpenAIEndpoint(URL, model="c", transport=transport)
+
+
+def test_a_prompts_log_probabilities_come_by_place_without_what_was_generated():
+    logprobs = {
+        "text_offset": [0, 3, 5, 9], "token_logprobs": [None, -1.0, -2.5, -0.1],
+        "top_logprobs": [None, {"x": -1.0}, {"y": -0.5}, {"z": -0.1}],
+    }  # fmt: skip
+    script = Script((200, {"choices": [{"text": "abcdefghij", "logprobs": logprobs}]}))
+    assert script.endpoint().prompt_logprobs("abcdefghi") == [(0, None, False), (3, -1.0, True), (5, -2.5, False)]
+    blind = Script((200, {"choices": [{"text": "abc", "logprobs": None}]}))
+    with pytest.raises(FmopsError, match=r"answered without 'text_offset'"):
+        blind.endpoint().prompt_logprobs("abc")
