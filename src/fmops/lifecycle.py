@@ -170,6 +170,16 @@ class Align(Frozen):
         return rewards
 
 
+class Judge(Frozen):
+    """A model that compares answers of two models, for `fmops compare`; the gate does not read it."""
+
+    endpoint: str = Field(description="URL up to /v1 of an OpenAI-compatible server.")
+    model: str | None = Field(None, description="Its name there, where the server has several.")
+    labels: str | None = Field(
+        None, description="File of people's choices, as `fmops compare` writes it to be filled; they correct the judge."
+    )
+
+
 class Evaluate(Frozen):
     """What is measured, of the base, after pretraining and after finetuning."""
 
@@ -182,6 +192,8 @@ class Evaluate(Frozen):
     rotate: bool = Field(
         False, description="Each candidate is measured on items of its own, which nobody could know while training it."
     )
+
+    judge: Judge | None = Field(None, description="Compares answers in words, in `fmops compare`.")
 
     @model_validator(mode="after")
     def _can_rotate(self) -> Evaluate:

@@ -87,7 +87,7 @@ def lay_side_by_side(champion: EvalReport, challenger: EvalReport, items: Path |
         for report in (champion, challenger)
     )
     shared = [key for key in before if key in after]
-    documents = {task.task: _documents(items, task.task) for task in tasks}
+    documents = {task.task: documents_of(items, task.task) for task in tasks}
     differences: list[TaskDifference] = []
     moved: list[Moved] = []
     slices: list[Slice] = []
@@ -105,7 +105,8 @@ def lay_side_by_side(champion: EvalReport, challenger: EvalReport, items: Path |
     return Comparison(tuple(differences), tuple(moved), tuple(slices[:SLICES_SHOWN]))
 
 
-def _documents(items: Path | None, task: str) -> dict[str, Row]:
+def documents_of(items: Path | None, task: str) -> dict[str, Row]:
+    """A task's items by id; none where the benchmarks' folder is not known."""
     path = items / f"{task}.jsonl" if items else None
     return {row["id"]: row for row in read_lines(path)} if path and path.is_file() else {}
 
@@ -128,14 +129,14 @@ def _moved(task: PinnedTask, pairs: list[tuple[Row, Row]], documents: Mapping[st
         yield Moved(
             task=task.task,
             sample=ours["sample"],
-            prompt=_prompt(documents.get(ours["sample"], {})),
+            prompt=asked_text(documents.get(ours["sample"], {})),
             before=_answer(ours),
             after=_answer(theirs),
             difference=sign * (theirs["score"] - ours["score"]),
         )
 
 
-def _prompt(document: Row) -> str:
+def asked_text(document: Mapping[str, Any]) -> str:
     """An item's own texts, as they are."""
     return "\n".join(str(value) for name, value in document.items() if name not in _NAMES and isinstance(value, str))
 
@@ -149,11 +150,11 @@ def _slices(task: PinnedTask, rows: list[Row], documents: Mapping[str, Row]) -> 
     """Kinds of items on which the score is worse than on the other items of the task."""
     kinds: defaultdict[str, list[Row]] = defaultdict(list)
     known = [row for row in rows if row["sample"] in documents]
-    sizes = sorted(len(_prompt(documents[row["sample"]])) for row in known)
+    sizes = sorted(len(asked_text(documents[row["sample"]])) for row in known)
     fields = _kinds(documents.values())
     for row in known:
         document = documents[row["sample"]]
-        size = len(_prompt(document))
+        size = len(asked_text(document))
         third = sum(size > sizes[len(sizes) * part // 3] for part in (1, 2))
         kinds["length: " + ("short", "middle", "long")[third]].append(row)
         for field in fields:

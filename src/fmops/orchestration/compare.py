@@ -17,7 +17,19 @@ from fmops.errors import EXIT_NEED_MORE_DATA, EXIT_OK, EXIT_REJECTED, FmopsError
 from fmops.evaluation.compare import Comparison, lay_side_by_side
 from fmops.evaluation.evidence import gather
 from fmops.evaluation.gate import Decision, contaminated_items, decide
-from fmops.lifecycle import Gate
+from fmops.evaluation.journal import Journal
+from fmops.evaluation.judge import (
+    REPLY_TOKENS,
+    Pair,
+    Preference,
+    ask_judge,
+    collect,
+    read_labels,
+    to_label,
+    weigh,
+)
+from fmops.evaluation.protocol import write_lines
+from fmops.lifecycle import Gate, Judge
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import table
 from fmops.store import Record, Store
@@ -35,6 +47,8 @@ class Compared:
     decision: Decision
     comparison: Comparison | None
     """None when the two cannot be paired; the decision says why."""
+    judged: Preference | None
+    """Where the spec names a judge."""
     gate: Record | None
     """The newest decision of this workspace; it holds the rounds and the budget."""
 
@@ -62,7 +76,30 @@ def compare(project: Project, a: str, b: str) -> Compared:
     decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=primary)
     gates = [record for record in store.records() if record.kind == "gate"]
     side_by_side = lay_side_by_side(champion, challenger, _items(store, after)) if evidence.families else None
-    return Compared(before, after, decision, side_by_side, gates[-1] if gates else None)
+    judged = None
+    if side_by_side and project.spec.evaluate and project.spec.evaluate.judge:
+        pairs = collect(champion, challenger, _items(store, after), seed=project.spec.seed)
+        judged = _judged(project, project.spec.evaluate.judge, pairs, f"{before.key}--{after.key}")
+    return Compared(before, after, decision, side_by_side, judged, gates[-1] if gates else None)
+
+
+def _judged(project: Project, judge: Judge, pairs: list[Pair], name: str) -> Preference:
+    """Ask the spec's judge; leave the pairs for people to label, and use their labels where there are some."""
+    from fmops.adapters.openai_endpoint import OpenAIEndpoint
+
+    folder = project.store.root / "comparisons"
+    folder.mkdir(exist_ok=True)
+    endpoint = OpenAIEndpoint(judge.endpoint, model=judge.model)
+
+    def ask(question: str) -> str:
+        return endpoint.chat([{"role": "user", "content": question}], max_tokens=REPLY_TOKENS)
+
+    journal = Journal(folder / "judge.jsonl")
+    verdicts = ask_judge(pairs, ask, journal=journal, name=endpoint.model)
+    journal.close()
+    write_lines(folder / f"{name}.to-label.jsonl", to_label(pairs))
+    labels = read_labels(project.graph.root / judge.labels, pairs) if judge.labels else {}
+    return weigh(pairs, verdicts, labels)
 
 
 _DATA = ("corpus", "conversations", "preferences")
@@ -116,6 +153,8 @@ def render_comparison(compared: Compared, page: Path) -> str:
         lines += _tasks(compared.comparison)
         lines += _slices(compared.comparison)
         lines += _moved(compared.comparison)
+    if compared.judged:
+        lines += ["", *told_preference(compared.judged)]
     lines += budget(compared.gate)
     return "\n".join([*lines, f"page: {page}"])
 
@@ -147,6 +186,25 @@ def _moved(comparison: Comparison) -> list[str]:
     for each in comparison.moved[:MOVED_PRINTED]:
         lines.append(f"  {'+' if each.difference > 0 else '−'} {each.task}: {_short(each.prompt or each.sample, 90)}")
     return lines
+
+
+def told_preference(judged: Preference) -> list[str]:
+    """What the judge and people say, with what may be wrong with it."""
+    interval = f"95 % {judged.lower:.3f} to {judged.upper:.3f}, n = {judged.n}"
+    lines = [
+        f"judge: the new answers are preferred {judged.value:.3f} ({interval}): {judged.won} won, {judged.lost} lost, "
+        f"{judged.tied} tied, {judged.equal} of them equal",
+        f"  order: the first answer won {judged.favours_first} times whatever it was, the second "
+        f"{judged.favours_second} times (p = {judged.order_p:.2g}); {judged.unreadable} replies named no choice",
+    ]
+    people = judged.people
+    if people is None:
+        return [*lines, "  people: no labels; the judge alone proves nothing"]
+    return [
+        *lines,
+        f"  people: {people.value:.3f} (95 % {people.lower:.3f} to {people.upper:.3f}) from {people.labelled} labels "
+        f"and the judge's {people.unlabelled} others; agreement {people.agreement:.2f}, weight {people.weight:.2f}",
+    ]
 
 
 def budget(gate: Record | None) -> list[str]:

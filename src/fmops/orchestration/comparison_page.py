@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmops.orchestration.charts import signed
-from fmops.orchestration.compare import Compared
+from fmops.orchestration.compare import Compared, told_preference
 from fmops.orchestration.report_parts import gate_rows
 from fmops.store import write_atomically
 
@@ -68,6 +68,7 @@ def _view(compared: Compared) -> dict[str, Any]:
         "families": gate_rows({"families": families}),
         "tasks": found.tasks if found else (),
         "slices": found.slices if found else (),
+        "judged": told_preference(compared.judged) if compared.judged else (),
         "rounds": gate.get("rounds", []),
         "wealth": gate.get("wealth") or 0.0,
         "moved_total": len(moved),
