@@ -94,7 +94,7 @@ class LoopRunner:
         if any(each.phase != "ended" for each in rounds):
             # Sources and all traces are read only where a round could begin.
             return [*said, f"no round: {decide((), rounds, policy, self.clock()).reason}"]
-        watched, gathered = self._watched(), self._gathered()
+        watched, gathered = self._watched(), self.gathered()
         decision = decide(self._triggers(report, watched, gathered, ask), rounds, policy, self.clock())
         said.append(self._begin(decision, watched, gathered))
         return said
@@ -273,7 +273,8 @@ class LoopRunner:
     def _write_seen(self, seen: Mapping[str, list[str]]) -> None:
         write_atomically(self.rounds.folder / SEEN, json.dumps(seen, indent=1) + "\n")
 
-    def _gathered(self) -> Gathered:
+    def gathered(self) -> Gathered:
+        """What all feedback so far would become, were a round to begin now."""
         traces, _ = DayLog(self.store.root / TRACES, Trace).read()
         feedback, _ = DayLog(self.store.root / FEEDBACK, Feedback).read()
         return gather(traces, feedback)

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from fmops.artifacts import Frozen, Release
 from fmops.deployment.golden import Ask, engine_at
 from fmops.deployment.rollout.checks import before_traffic
-from fmops.deployment.rollout.evidence import Evidence, observe
+from fmops.deployment.rollout.evidence import Evidence, hear, observe
 from fmops.deployment.rollout.machine import (
     ENDED,
     Action,
@@ -37,7 +37,7 @@ from fmops.faults import fault_site
 from fmops.lifecycle import Rollout
 from fmops.locks import locked
 from fmops.store import Store, write_atomically
-from fmops.traces import TRACES, Cursor, DayLog, Trace
+from fmops.traces import FEEDBACK, TRACES, Cursor, DayLog, Feedback, Trace
 
 FILE = "rollout.json"
 LOCK = "rollout.lock"
@@ -62,6 +62,7 @@ class Saved(Frozen):
     state: State
     evidence: Evidence
     cursor: Cursor = Cursor()
+    votes: Cursor = Cursor()
     refused: tuple[str, ...] | None = None
     events: tuple[Event, ...] = ()
 
@@ -77,6 +78,7 @@ class Controller:
         self._engine = engine or (lambda url: engine_at(url, secret=workspace_secret(store.root)))
         self._traffic: Traffic = traffic or LocalTraffic(store.root)
         self._traces = DayLog(store.root / TRACES, Trace)
+        self._votes = DayLog(store.root / FEEDBACK, Feedback)
 
     def start(self, challenger: str, policy: Rollout) -> Saved:
         """Begin to roll out a release; traffic follows only after its checks.
@@ -102,7 +104,7 @@ class Controller:
                 raise FmopsError(f"{record.key} is the champion already; there is nothing to roll out.")
             now = self._clock()
             # What was written before belongs to other rollouts.
-            _, cursor = self._traces.read()
+            (_, cursor), (_, votes) = self._traces.read(), self._votes.read()
             saved = Saved(
                 policy=policy,
                 state=State(
@@ -111,6 +113,7 @@ class Controller:
                 ),
                 evidence=Evidence.none_yet(champion, record.key, policy.margins),
                 cursor=cursor,
+                votes=votes,
             )  # fmt: skip
             return self._settle(self._save(_noted(saved, now)))
 
@@ -129,7 +132,8 @@ class Controller:
                     raise RolloutConflict(f"there is no rollout to {order}. Begin with `fmops rollout start`.")
                 return None
             traces, cursor = self._traces.read(saved.cursor)
-            evidence = observe(saved.evidence, traces)
+            votes, votes_cursor = self._votes.read(saved.votes)
+            evidence = hear(observe(saved.evidence, traces), votes)
             refused = saved.refused
             if refused is None and checked and checked[0] == saved.state.id:
                 refused = checked[1]
@@ -141,8 +145,10 @@ class Controller:
             if share != (evidence.shares[-1][1] if evidence.shares else 0.0):
                 evidence = evidence.share_changed(now, share)
             after = saved.model_copy(
-                update={"state": state, "evidence": evidence, "cursor": cursor, "refused": refused}
-            )
+                update={
+                    "state": state, "evidence": evidence, "cursor": cursor, "votes": votes_cursor, "refused": refused,
+                }
+            )  # fmt: skip
             if (state.phase, state.step) != (saved.state.phase, saved.state.step):
                 after = _noted(after, now)
             fault_site("rollout-before-save")

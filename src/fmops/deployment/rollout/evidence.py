@@ -16,18 +16,22 @@ from pydantic import Field
 from fmops.artifacts import Frozen
 from fmops.deployment.evalues import Betting, Count, RareEvents, TwoStreams, log_mean, quantile_ranks
 from fmops.deployment.monitoring.signals import BINARY
-from fmops.traces import Trace
+from fmops.traces import Feedback, Trace
 
-SIGNALS = ("failed", *BINARY)
+SIGNALS = ("failed", *BINARY, "disliked")
 REQUIRED = ("failed", "empty", "truncated", "repeated", "refused")
 """Promotion needs evidence on these in any case, and on every other signal that the champion shows."""
 MARGINS = {
     "truncated": 0.05, "repeated": 0.03, "refused": 0.05, "invalid_json": 0.05, "wrong_language": 0.03, "secret": 0.01,
-    "personal_data": 0.01,
+    "personal_data": 0.01, "disliked": 0.1,
 }  # fmt: skip
 DEFAULT_MARGIN = 0.02
 SHOWN = 50
 """A signal that so many of the champion's answers carry must be proven for the challenger, too."""
+VOTES_PER_IDENTITY = 5
+"""In the life of a rollout: who sees which release answered could blame one of them alone."""
+ANSWERS_KEPT = 5000
+"""Newest answers on which a vote still counts."""
 BLOCK = 5
 """Canary answers in a block: bets are placed anew after each block, whoever looks when."""
 PAIRS_WAITING = 2000
@@ -120,6 +124,10 @@ class Evidence(Frozen):
     unpaired: dict[str, dict[str, float]] = Field(
         default={}, description="Signals of requests whose other half is not here yet, by the client's id."
     )
+    answered: dict[str, tuple[bool, float]] = Field(
+        default={}, description="Answers that can still be voted on: whether of the canary, and its share then."
+    )
+    votes: dict[str, int] = Field(default={}, description="By identity.")
 
     @classmethod
     def none_yet(cls, champion: str, challenger: str, margins: Mapping[str, float]) -> Evidence:
@@ -155,9 +163,11 @@ class Evidence(Frozen):
         """Signals and latencies on which "worse by more than the margin" is not rejected at level `alpha`.
 
         What is missing is unproven. Each passes its own test (intersection–union): their number needs no correction.
+        Votes can send a release back, but none waits for them: most answers get none.
         """
         limit = math.log(1 / alpha)
-        needed = [n for n, signal in self.signals.items() if n in REQUIRED or signal.champion.n >= SHOWN]
+        shown = [name for name, signal in self.signals.items() if signal.champion.n >= SHOWN and name != "disliked"]
+        needed = [name for name in self.signals if name in REQUIRED or name in shown]
         answers = [name for name in needed if self.signals[name].log_fine < limit]
         timed = [name for name, latency in self.latency.items() if sum(latency.champion.values()) >= SHOWN]
         return (*answers, *(name for name in timed if not self.latency[name].proven(alpha=alpha)))
@@ -181,7 +191,7 @@ def observe(evidence: Evidence, traces: Iterable[Trace]) -> Evidence:
         for name, latency in evidence.latency.items()
         for arm in ("champion", "canary")
     }
-    unpaired = dict(evidence.unpaired)
+    unpaired, answered = dict(evidence.unpaired), dict(evidence.answered)
     known = {"canary_answers": evidence.canary_answers, "step_answers": evidence.step_answers, "pairs": evidence.pairs}
     last = evidence.last_seen_s
     step_since = evidence.shares[-1][0] if evidence.shares else math.inf
@@ -198,6 +208,7 @@ def observe(evidence: Evidence, traces: Iterable[Trace]) -> Evidence:
         if trace.arm == "shadow" or not share:
             continue
         _count(signals, blocks, seen, canary=trace.arm == "canary", share=share)
+        answered[trace.id] = (trace.arm == "canary", share)
         known["canary_answers"] += trace.arm == "canary"
         if trace.started_s >= step_since:
             known["step_answers"] += trace.arm == "canary"
@@ -206,8 +217,34 @@ def observe(evidence: Evidence, traces: Iterable[Trace]) -> Evidence:
     latency = {
         name: Latency(champion=timed[name, "champion"], canary=timed[name, "canary"]) for name in evidence.latency
     }
+    while len(answered) > ANSWERS_KEPT:
+        answered.pop(next(iter(answered)))
     return evidence.model_copy(
-        update={"signals": signals, "latency": latency, "unpaired": unpaired, "last_seen_s": last, **known}
+        update={
+            "signals": signals, "latency": latency, "unpaired": unpaired, "answered": answered, "last_seen_s": last,
+            **known,
+        }
+    )  # fmt: skip
+
+
+def hear(evidence: Evidence, votes: Iterable[Feedback]) -> Evidence:
+    """Fold thumbs into the evidence, as the signal `disliked`. Chance sent each answer to its arm, so the share of
+    thumbs down may differ between the arms only by what was answered. One vote an answer, a few an identity.
+    """
+    answered, cast = dict(evidence.answered), dict(evidence.votes)
+    signals = {"disliked": evidence.signals["disliked"]}
+    block = _Block(signals["disliked"].waiting)
+    for vote in votes:
+        identity = f"{vote.tenant}/{vote.user or ''}"
+        if vote.thumb is None or vote.id not in answered or cast.get(identity, 0) >= VOTES_PER_IDENTITY:
+            continue
+        canary, share = answered.pop(vote.id)
+        cast[identity] = cast.get(identity, 0) + 1
+        seen = {"disliked": float(vote.thumb == "down")}
+        _count(signals, {"disliked": block}, seen, canary=canary, share=share)
+    heard = signals["disliked"].model_copy(update={"waiting": block.take()})
+    return evidence.model_copy(
+        update={"signals": {**evidence.signals, "disliked": heard}, "answered": answered, "votes": cast}
     )
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import secrets
-import time
 from hashlib import blake2b
 from typing import Any
 
@@ -195,7 +194,7 @@ class Answering(Response):
             id=f"{PREFIXES[job.operation]}-{request_id}", operation=job.operation, tenant=job.tenant, user=job.user,
             prompt=last_user_text(job.body), system=system_text(job.body), arm=arm,
             release=target.release if target else "none",
-            started_s=time.time() - since, started=job.arrived, retry_of=retry_of, shadow_of=shadow_of,
+            started_s=desk.wall_clock() - since, started=job.arrived, retry_of=retry_of, shadow_of=shadow_of,
         )  # fmt: skip
 
     async def _break_off(self, send: Send) -> None:

@@ -6,7 +6,6 @@ Refuses: everything else: no key, no budget, too much, too many, unknown routes,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
@@ -116,7 +115,7 @@ class _Api:
             raise RequestError("give at least one of 'thumb', 'correction' and 'comment'", code="empty_feedback")
         if await self._desk.owner(body.id) != tenant:
             raise RequestError(f"there is no answer {body.id!r}", param="id", code="not_found", status=404)
-        now = time.time()
+        now = self._desk.wall_clock()
         row = Feedback(
             id=body.id, at_s=now, tenant=tenant, user=identity(self._desk.secret, tenant, body.user), thumb=body.thumb,
             correction=body.correction and kept(body.correction), comment=body.comment and kept(body.comment),

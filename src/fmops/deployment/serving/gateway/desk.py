@@ -84,9 +84,10 @@ class Desk:
     def __init__(
         self, workspace: Path, *, secret: str, limits: Limits | None = None, per_user: bool = False,
         measure: Measure = measure, clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.limits, self.secret, self.per_user = limits or Limits(), secret, per_user
-        self.clock, self._measure = clock, measure
+        self.clock, self.wall_clock, self._measure = clock, wall_clock, measure
         self.keys = KeyRing(workspace / KEYS)
         self.budgets = Budgets(clock=clock)
         self.routes = RoutesFile(workspace / ROUTES)
