@@ -1,7 +1,7 @@
 """A small Kubernetes API over real HTTP: objects with versions, conflicts, apply, labels, a service proxy.
 
-Enters: HTTP requests. Leaves: objects, kept in memory. Refuses: a write from a stale version (409), as the real one does;
-a wrong token (401).
+Enters: HTTP requests. Leaves: objects, kept in memory. Refuses: a write from a stale version (409) and a wrong token
+(401), as the real one does.
 
 It knows no schemas and runs no controllers: a test plays those, with `change` and `serve_with`.
 """

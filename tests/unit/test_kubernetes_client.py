@@ -45,7 +45,7 @@ def test_two_of_a_name_and_a_stale_write_are_conflicts(fake):
     with pytest.raises(Conflict, match="already exists"):
         cluster.create(POD)
     fake.change("Pod", "a", spec={"nodeName": "other"})
-    with pytest.raises(Conflict, match="409 to PUT .*/pods/a: the object has been modified"):
+    with pytest.raises(Conflict, match=r"409 to PUT .*/pods/a: the object has been modified"):
         cluster.replace(read)
 
 
@@ -85,7 +85,7 @@ def test_a_token_is_asked_of_the_command_and_again_when_it_no_longer_holds(fake,
     assert cluster.get("Pod", "a", **WHERE) is not None
     assert (tmp_path / "calls").read_text() == "xx"
     fake.token = "nobody has it"
-    with pytest.raises(ApiError, match="answers 401 .*Log in again"):
+    with pytest.raises(ApiError, match=r"answers 401 .*Log in again"):
         cluster.get("Pod", "a", **WHERE)
 
 
@@ -107,7 +107,7 @@ def test_no_kubeconfig_no_context_and_nobody_there(fake, tmp_path, monkeypatch):
     with pytest.raises(ApiError, match=r"of fake \(http://127\.0\.0\.1:9\) cannot be reached.*be inside its network"):
         connect().create(POD)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(FmopsError, match="no cluster: there is no .*none. `aws eks update-kubeconfig"):
+    with pytest.raises(FmopsError, match=r"no cluster: there is no .*none\. `aws eks update-kubeconfig"):
         connect()
 
 

@@ -184,9 +184,9 @@ def connect(context: str | None = None) -> Cluster:
     if not path.is_file():
         raise FmopsError(f"no cluster: there is no {path}. `aws eks update-kubeconfig --name CLUSTER` writes it.")
     config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    name = context or config.get("current-context")
+    name: str | None = context or config.get("current-context")
     contexts = {each["name"]: each["context"] for each in config.get("contexts") or ()}
-    if name not in contexts:
+    if name is None or name not in contexts:
         raise unknown("context", str(name), contexts)
     return _of_context(config, name, contexts[name], folder=path.parent)
 
@@ -210,11 +210,12 @@ def _path(manifest: Manifest, *, name: bool = True) -> str:
 
 def _of_context(config: Manifest, name: str, context: Manifest, *, folder: Path) -> Cluster:
     cluster = next(each["cluster"] for each in config["clusters"] if each["name"] == context["cluster"])
-    user = next((each["user"] for each in config.get("users") or () if each["name"] == context.get("user")), {}) or {}
+    users = {each["name"]: each["user"] for each in config.get("users") or ()}
+    user: Manifest = users.get(context.get("user")) or {}
     server = str(cluster["server"])
     if cluster.get("insecure-skip-tls-verify"):
         raise FmopsError(
-            f"context {name!r} does not check its server's certificate. Give it its certificate authority."
+            f"context {name!r} does not check its server's certificate. Give it its certificate-authority."
         )
     tls = None
     if server.startswith("https://"):
