@@ -94,7 +94,9 @@ def documents_of(position_ids: torch.Tensor | None, *, tokens: int) -> tuple[Doc
     lengths = [end - start for start, end in zip(starts, ends, strict=True)]
     expected = torch.cat([torch.arange(length, device=row.device) for length in lengths]) if lengths else row[:0]
     if not torch.equal(row, expected):
-        raise FmopsError("positions of a packed row must begin at 0 in each document and rise by one. See packing.py.")
+        raise FmopsError(
+            f"positions of a packed row must begin at 0 in each document and rise by one, not {row[:8].tolist()}…"
+        )
     return tuple((length,) for length in lengths)
 
 

@@ -72,7 +72,10 @@ def _write_shape(writer: Any, config: dict[str, Any]) -> None:
     head_size = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise FmopsError("scaled rotary positions have no layout here. Serve this model otherwise.")
+        raise FmopsError(
+            f"{config.get('rope_scaling') or rope}: scaled rotary positions have no GGUF layout here. Serve "
+            "this model with the engine transformers."
+        )
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config["num_hidden_layers"])

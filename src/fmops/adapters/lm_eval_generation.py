@@ -53,7 +53,10 @@ class Greedy:
             FmopsError: an option that asks for anything but greedy decoding.
         """
         if given.get("do_sample") or given.get("temperature"):
-            raise FmopsError("generation tasks are greedy, so that two evaluations can be compared. Drop do_sample.")
+            raise FmopsError(
+                f"generation_kwargs {given}: generation tasks are greedy, so that two evaluations can be compared. "
+                "Drop do_sample and temperature."
+            )
         options = dict(normalize_gen_kwargs(given))
         strange = sorted(options.keys() - UNDERSTOOD)
         if strange:

@@ -173,7 +173,10 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         """What is read to score an answer: as much of the context's end as the model has room for."""
         room = self.max_length + 1 - len(answer)
         if not answer:
-            raise FmopsError("an answer has no tokens: there is nothing to score. Look at doc_to_choice.")
+            raise FmopsError(
+                f"an answer has no tokens, after …{self.tokenizer.decode(context[-12:])!r}: there is nothing to score. "
+                "Look at doc_to_choice."
+            )
         if room < 1:
             raise FmopsError(f"an answer of {len(answer)} tokens does not fit the model's {self.max_length}.")
         kept = context[-room:]

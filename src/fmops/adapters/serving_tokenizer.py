@@ -69,7 +69,10 @@ class ServingTokenizer:
             raise PromptError("this engine does not state how likely a prompt is: leave 'echo' out")
         total = len(generation.prompt) + generation.max_tokens
         if not generation.prompt or generation.max_tokens < 1:
-            raise PromptError("a request needs at least one prompt token and one token to generate")
+            raise PromptError(
+                f"{len(generation.prompt)} prompt tokens and {generation.max_tokens} to generate: a request "
+                "needs at least one of each"
+            )
         if total > self.context_tokens:
             raise PromptError(
                 f"{len(generation.prompt)} prompt tokens and {generation.max_tokens} to generate exceed the context "

@@ -73,4 +73,7 @@ class DocumentTokenizer:
         for name in ("<|endoftext|>", "<|end_of_text|>", self._tokenizer.eos_token):
             if name is not None and name in vocabulary:
                 return int(vocabulary[name])
-        raise FmopsError("the tokenizer has no end token (eos_token). Set one in tokenizer_config.json of the base.")
+        raise FmopsError(
+            f"the tokenizer of {self._tokenizer.name_or_path} has no end token: eos_token is "
+            f"{self._tokenizer.eos_token!r}. Set one in tokenizer_config.json of the base."
+        )

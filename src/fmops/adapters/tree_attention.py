@@ -82,7 +82,9 @@ def attend(
     """
     refuse_unsupported(options)
     if options.get("sliding_window"):
-        raise FmopsError("this model's attention has a window, which a prefix tree does not compute.")
+        raise FmopsError(
+            f"this model's attention has a window of {options['sliding_window']}, which a prefix tree does not compute."
+        )
     if pool is not None:
         # Answers under way, a row each.
         return pool.attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None

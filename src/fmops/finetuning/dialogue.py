@@ -104,7 +104,10 @@ def _answers(
 def _render(messages: Sequence[Message], *, tokenizer: Any, prompt: bool) -> str:
     """The dialogue's text, by Transformers' sandboxed template environment."""
     if not tokenizer.chat_template:
-        raise FmopsError("the tokenizer has no chat template. Use an instruction-tuned base model, or add one to it.")
+        raise FmopsError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template. Use an instruction-tuned base "
+            "model, or add one."
+        )
     from jinja2.exceptions import TemplateError
 
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]

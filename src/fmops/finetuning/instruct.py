@@ -33,7 +33,10 @@ def instruct(
     train_set = read_dialogues(conversations.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
     held_out = read_dialogues(conversations.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
     if not train_set:
-        raise FmopsError("no conversation can be learnt from. See the notes above, and name another source.")
+        raise FmopsError(
+            f"none of the {conversations.conversations} conversations can be learnt from. See the notes above, "
+            "and name another source."
+        )
     result = train(config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     losses = [row["loss"] for row in result.curve if "loss" in row]

@@ -30,11 +30,13 @@ def pretrain(
     from fmops.adapters.transformers_pretrain import train
 
     if not corpus.train_shards:
-        raise FmopsError("the corpus has no training shards. Curate it again, from documents that pass the filters.")
+        raise FmopsError(
+            f"{corpus.path} has no training shards. Curate it again, from documents that pass the filters."
+        )
     ceiling = config.old_domain_ceiling
     if ceiling is not None and not corpus.held_out_old:
         raise FmopsError(
-            "pretrain.old_domain_ceiling is set, but the corpus holds out no document of an old domain. "
+            f"pretrain.old_domain_ceiling is {ceiling:g}, but the corpus holds out no document of an old domain. "
             "Add documents to a corpus with role replay, or drop the ceiling."
         )
     result = train(

@@ -153,7 +153,7 @@ def parse_body(value: Any, kind: type[Body]) -> Body:
         RequestError: names the field, what was given, and what is possible.
     """
     if not isinstance(value, dict):
-        raise RequestError("the request body must be a JSON object")
+        raise RequestError(f"the request body must be a JSON object, not {type(value).__name__}")
     asked = {key: given for key, given in value.items() if key not in IGNORED}
     for name in [name for name in asked if name in NEUTRAL and name not in kind.model_fields]:
         given = asked.pop(name)
@@ -187,9 +187,13 @@ def _possible(body: Sampling) -> None:
         raise RequestError("'echo' needs 'logprobs', and no 'stream'", param="echo")
     if isinstance(body, ChatBody):
         if body.top_logprobs and not body.logprobs:
-            raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
+            raise RequestError(f"'top_logprobs': {body.top_logprobs} needs 'logprobs': true", param="top_logprobs")
         if None not in (body.max_tokens, body.max_completion_tokens):
-            raise RequestError("give one of 'max_tokens' and 'max_completion_tokens', not both", param="max_tokens")
+            raise RequestError(
+                f"give one of 'max_tokens' ({body.max_tokens}) and 'max_completion_tokens' "
+                f"({body.max_completion_tokens}), not both",
+                param="max_tokens",
+            )
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
