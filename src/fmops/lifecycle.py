@@ -98,7 +98,10 @@ class Pretrain(Frozen):
     decay: Share = Field(0.3, description="Share of the steps that decay to a tenth of the peak.")
     batch_tokens: int = Field(2048, ge=64, description="Tokens an optimizer step sees.")
     old_domain_ceiling: float | None = Field(
-        None, gt=0, description="Bits per byte by which the old domain's loss may rise; training stops at it."
+        None, gt=0, description="Bits per byte by which the old domain's loss may rise; no weights above it are kept."
+    )
+    on_ceiling: Literal["stop", "adjust"] = Field(
+        "stop", description="`adjust` goes back below the ceiling and on at half the rate, three times at most."
     )
     evaluations: int = Field(4, ge=1, description="How often the held-out losses are measured, the end included.")
     checkpoints: int = Field(4, ge=1, description="How often a resume state is written, spread evenly.")

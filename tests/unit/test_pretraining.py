@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training_inputs import a_checkpoint, a_corpus
+from training_run import digests
 
+from fmops.adapters import trainer
 from fmops.adapters.model_files import load_model
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, Terminated
 from fmops.lifecycle import Pretrain
 from fmops.pretraining.pretrain import pretrain, within_ceiling
 
@@ -68,6 +71,34 @@ def test_training_stops_at_the_ceiling_and_keeps_the_weights_before_it(base, cor
     before, after = load_model(base.model).state_dict(), load_model(trained.model).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert trained.trained_tokens == 0
+
+
+def test_at_the_ceiling_it_can_go_back_and_on_at_half_the_rate(base, corpus, tmp_path, context, monkeypatch):
+    # Twice its loss on the old domain rises above the ceiling; told to leave in between, it ends with the same bytes.
+    config = Pretrain(
+        tokens=1600, batch_tokens=128, learning_rate=0.04, warmup=0.01, decay=0.01, evaluations=8, checkpoints=8,
+        old_domain_ceiling=0.02, on_ceiling="adjust",
+    )  # fmt: skip
+    trained = pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "whole", context=context)
+    rows = curve(tmp_path / "whole")
+    halved = [int(row["step"]) for row in rows if "rate_halved" in row]
+    assert trained.metrics["rate_halved"] == len(halved) >= 1
+    assert trained.metrics["old_bits_per_byte_after"] - trained.metrics["old_bits_per_byte_before"] <= 0.02
+    said = f"step {halved[0]} is above the old domain's ceiling: back to the weights of step {halved[0] - 1}, and on at"
+    assert said in context.stream.getvalue()
+    real = trainer.Watch.on_step_end
+
+    def interrupted(self, args, state, *given, **named):
+        if state.global_step == halved[0] + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, args, state, *given, **named)
+
+    monkeypatch.setattr(trainer.Watch, "on_step_end", interrupted)
+    with pytest.raises(Terminated):
+        pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "cut", context=context)
+    monkeypatch.undo()
+    pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "cut", context=context)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
 
 
 def test_the_ceiling_is_a_rise_over_the_start():

@@ -124,7 +124,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     measured: dict[str, float] = field(default_factory=dict)
     """What the trainer found out in this step, for the curve."""
     keep: Keep | None = None
-    """Judges each measured step; the run stops at the first that may not be kept."""
+    """Judges each measured step; the run stops at the first that may not be kept, unless `go_on` finds a way."""
+    go_on: Callable[..., bool] = lambda *_, **__: False
     curve: list[dict[str, float]] = field(default_factory=list)
     kept_step: int | None = None
     stopped: bool = False
@@ -172,7 +173,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.context.note(f"the {why} at step {step}: not applied, {self.plan.item} {blocks} quarantined")
         return False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
         step, tokens = state.global_step, self._tokens(state.global_step)
         row: dict[str, float] = {"step": step, "tokens": tokens, **self.measured}
         row |= {"quarantined": 1.0} if step in self.quarantined else {"loss": math.fsum(self._losses)}
@@ -181,7 +182,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if step in self.evaluate_at:
             row |= self.evaluate(model)
             if self.keep is not None and not self.keep(self.curve[0], row):
-                self.stopped = control.should_training_stop = True
+                self.stopped = control.should_training_stop = not self.go_on(self, model, row, **given)
             else:
                 self._keep_weights(model, step)
         self.curve.append(row)
@@ -226,8 +227,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def restore(self, checkpoint: Path, model: Any) -> None:
         """Take over the curve and the kept weights of a resume state. `model` still has the weights it began with."""
         state = json.loads((checkpoint / STATE).read_text())
-        self.curve = state["curve"]
-        self.kept_step = state["kept_step"]
+        self.curve, self.kept_step = state["curve"], state["kept_step"]
         self.quarantined = {int(step): why for step, why in state["quarantined"].items()}
         self.left_out |= frozenset(state["left_out"])
         self._losses.clear()

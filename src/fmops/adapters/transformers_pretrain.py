@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from fmops.adapters.ceiling import halve_the_rate
 from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.held_out import read_held_out
 from fmops.adapters.linear_loss import learn_without_logits
@@ -69,6 +70,8 @@ def train(
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         keep=keep,
     )
+    if config.on_ceiling == "adjust":
+        watch.go_on = halve_the_rate
     planned = PlannedBlocks(blocks, plan)
     trainer = PretrainTrainer(
         model=model,

@@ -60,6 +60,11 @@ def pretrain(
         metrics={
             **summary(result.curve, last=last),
             **({} if ceiling is None else {"stopped_at_ceiling": float(result.stopped)}),
+            **(
+                {"rate_halved": sum(row.get("rate_halved", 0.0) for row in result.curve)}
+                if config.on_ceiling == "adjust"
+                else {}
+            ),
         },
         licence=checkpoint.licence,
     )
