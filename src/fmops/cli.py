@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from fmops import __version__
+from fmops.cli_deploy import deploy
 from fmops.cli_keys import keys
 from fmops.cli_options import open_project, with_spec
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
@@ -263,6 +264,7 @@ def gateway(spec: Path, workspace: Path | None) -> None:
 
 
 cli.add_command(keys)
+cli.add_command(deploy)
 
 
 @cli.command()
@@ -322,13 +324,20 @@ def loop(
 @click.argument("action", type=click.Choice(["start", "status", "look", "promote", "hold", "resume", "rollback"]))
 @click.option("--release", "key", help="What to roll out, with `start`. Default: the newest release.")
 @click.option("--why", default="", help="Remembered with a person's order.")
+@click.option("--on", type=click.Choice(["local", "eks"]), default="local", show_default=True, help="Whose traffic.")
 @with_spec
-def rollout(action: str, key: str | None, why: str, spec: Path, workspace: Path | None) -> None:
+def rollout(action: str, key: str | None, why: str, on: str, spec: Path, workspace: Path | None) -> None:
     """Move traffic to a release step by step, with stated error rates; `look` decides once (for cron)."""
     from fmops.deployment.rollout.command import run_action
 
     project = open_project(spec, workspace)
-    click.echo(run_action(project.store, project.spec.rollout, action, key=key, why=why))
+    cluster = None
+    if on == "eks":
+        from fmops.adapters.kubernetes import connect
+        from fmops.deployment.rollout.traffic import GatewayTraffic
+
+        cluster = GatewayTraffic(connect(), project.spec.name)
+    click.echo(run_action(project.store, project.spec.rollout, action, key=key, why=why, cluster=cluster))
 
 
 @cli.command()

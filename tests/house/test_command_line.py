@@ -32,9 +32,11 @@ INTERFACE = {
     "down": SPEC,
     "gateway": SPEC,
     "keys": (),
+    "deploy": ("release", "--on", "--by", "--least", "--most", "--tokens-per-second", "--warm", "--platform",
+               "--dry-run", *SPEC),  # fmt: skip
     "chat": ("--url", "--system", "--prompt", *SPEC),
     "monitor": ("--once", "--port", *SPEC),
-    "rollout": ("action", "--release", "--why", *SPEC),
+    "rollout": ("action", "--release", "--why", "--on", *SPEC),
     "loop": ("--once", "--round", "--why", "--approve", *SPEC),
     "stage": ("name", "--fingerprint", *SPEC),
     "schema": (),

@@ -13,6 +13,7 @@ from typing import Literal, cast
 from fmops.artifacts import Release
 from fmops.deployment.rollout.controller import Controller, Saved
 from fmops.deployment.rollout.machine import ENDED, Order
+from fmops.deployment.rollout.traffic import GatewayTraffic
 from fmops.errors import FmopsError
 from fmops.lifecycle import Rollout
 from fmops.store import Store
@@ -20,13 +21,19 @@ from fmops.store import Store
 Action = Literal["start", "status", "look", "promote", "hold", "resume", "rollback"]
 
 
-def run_action(store: Store, policy: Rollout, action: str, *, key: str | None = None, why: str = "") -> str:
+def run_action(
+    store: Store, policy: Rollout, action: str, *, key: str | None = None, why: str = "",
+    cluster: GatewayTraffic | None = None,
+) -> str:  # fmt: skip
     """Do it, and say where the rollout stands afterwards.
+
+    Args:
+        cluster: whose gateway is meant; None: this machine's.
 
     Raises:
         FmopsError: there is nothing to roll out, or the order does not fit.
     """
-    controller = Controller(store)
+    controller = Controller(store, traffic=cluster, engine=cluster.engine) if cluster else Controller(store)
     if action == "start":
         saved: Saved | None = controller.start(key or _newest(store), policy)
     elif action == "status":
