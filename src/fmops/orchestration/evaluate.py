@@ -25,6 +25,8 @@ from fmops.stage import STAGES
 from fmops.store import Record
 
 SUBJECT = "subject"
+SERVED = "-served"
+"""Ends the name of a measurement by an endpoint; it compares with others of its kind."""
 
 
 def evaluate(
@@ -43,8 +45,8 @@ def evaluate(
         raise FmopsError(f"{project.spec_path.name} has no `evaluate`: add it, with suites, to say what is measured.")
     project = replace(project, graph=_with_subject(project, _source(project, model), endpoint=endpoint, served=served))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(project.threads))
-    # Libraries read these at import, which the stages do.
-    os.environ.update(threads)
+    # Libraries read these at import, which the stages do. The stages report their own progress.
+    os.environ.update(threads, TQDM_DISABLE="1")
     with locked(project.store.root / "lock"):
         for name in project.graph.nodes:
             planned = project.planner().plan()[name]
@@ -90,7 +92,7 @@ def _with_subject(project: Project, source: str, *, endpoint: str | None, served
     subject = Node(name=SUBJECT, stage=STAGES["import"], config=ImportJob(), sources={"source": (source,)})
     assert isinstance(pattern.config, EvaluateJob)
     job = pattern.config.model_copy(update={"endpoint": endpoint, "served_model": served})
-    label += "-served" if endpoint else ""
+    label += SERVED if endpoint else ""
     measured = replace(
         pattern, config=job, name=f"evaluate-{label}", artifacts={**pattern.artifacts, "checkpoint": SUBJECT}
     )
@@ -121,4 +123,8 @@ def render_evaluation(record: Record) -> str:
         for metric in record.artifact["metrics"]
     ]  # fmt: skip
     head = ("family", "task", "metric", "value", "error", "n", "better")
-    return f"{table(head, rows)}\n{record.key}: `fmops compare evaluate-base {record.key}` lays it beside the base"
+    if record.node.endswith(SERVED):
+        hint = f"`fmops compare OTHER {record.key}` lays it beside the evaluation of another served model"
+    else:
+        hint = f"`fmops compare evaluate-base {record.key}` lays it beside the base"
+    return f"{table(head, rows)}\n{record.key}: {hint}"
