@@ -66,6 +66,28 @@ def test_another_topic_is_a_shift_and_no_harm():
     assert not any(alarm.kind == "harm" for alarm in state.alarms)
 
 
+@pytest.mark.parametrize(("users", "shifted"), [(3, False), (200, True)])
+def test_a_few_who_flood_the_traffic_do_not_look_like_everybody(users, shifted):
+    talk, state = reference(4)
+    honest = [trace.model_copy(update={"user": f"u{i % 200}"}) for i, trace in enumerate(talk.serve(900))]
+    talk.topics = {"cooking": 1.0}
+    flood = [trace.model_copy(update={"user": f"f{i % users}"}) for i, trace in enumerate(talk.serve(450))]
+    usual = Monitor(reference=400)
+    state = watch(state, honest[:500], (), usual)
+    mixed = [trace for pair in zip(honest[500:], flood, strict=False) for trace in pair]
+    state = watch(state, mixed, (), usual)
+    assert (("topic", "shift") in alarmed(state)) is shifted
+
+
+def test_a_failure_counts_whoever_sees_it():
+    talk, state = reference(4)
+    talk.rates = {**RATES, "failed": 0.5}
+    honest = [trace.model_copy(update={"user": f"u{i}"}) for i, trace in enumerate(talk_of(5).serve(200))]
+    one = [trace.model_copy(update={"user": "one"}) for trace in talk.serve(200)]
+    state = watch(state, [trace for pair in zip(honest, one, strict=True) for trace in pair], (), POLICY)
+    assert ("failed", "harm") in alarmed(state)
+
+
 def test_the_same_alarm_is_not_raised_again_while_it_cools_down():
     talk, state = reference(4)
     talk.rates = {**RATES, "empty": 0.5}

@@ -43,6 +43,12 @@ RATE_NOW = 50
 EXAMPLES = 5
 VOTES_PER_IDENTITY = 5
 """A day; one user cannot raise an alarm alone."""
+VOICES = 500
+"""Answers among which one user may not speak too often."""
+LOUDER = 2.0
+"""Of those, a user's count up to so many equal shares: a few who flood the traffic do not look like everybody."""
+FEWEST = 2
+"""Answers of a user that count in any case."""
 TOPIC_WORDS = 200
 """Prompts that make the centroid, before distances to it are normal."""
 
@@ -83,6 +89,9 @@ class Watch(Frozen):
         default=(), description="Seconds a token of the reference, until it is complete."
     )
     slow_s: float | None = Field(None, description="Seconds a token above which an answer is slow.")
+    voices: tuple[str, ...] = Field(
+        default=(), description="Users of the last answers; empty where it did not count, or the client names none."
+    )
     votes: dict[str, int] = Field(default={}, description="Votes by identity on `votes_day`.")
     votes_day: int = 0
     before: dict[str, Count] = Field(default={}, description="Reference rates of the release before.")
@@ -114,7 +123,13 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
     seen = seen_in(trace, state.slow_s)
     if not seen:
         return state
-    changes: dict[str, object] = {"answers": state.answers + 1}
+    identity = f"{trace.tenant}/{trace.user}" if trace.user else ""
+    heard = not identity or not _loud(state.voices, identity)
+    if not heard:
+        # What is asked and said is left out; a request that fails or takes long is the machine's doing.
+        seen = {name: value for name, value in seen.items() if name in ("failed", "slow")}
+    voices = (*state.voices[-(VOICES - 1) :], identity if heard else "")
+    changes: dict[str, object] = {"answers": state.answers + 1, "voices": voices}
     pace = _pace(trace)
     if state.slow_s is None and pace is not None:
         paces = (*state.token_s, pace)
@@ -122,7 +137,7 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
         if len(paces) * 2 >= policy.reference:
             # The first half of the reference says what slow is, the second how often normal is slow.
             changes |= {"slow_s": sorted(paces)[math.ceil((1 - SLOW_SHARE) * len(paces)) - 1], "token_s": ()}
-    words = words_of(trace.prompt)
+    words = words_of(trace.prompt) if heard else {}
     far = None
     if state.centroid_prompts < min(TOPIC_WORDS, policy.reference // 2):
         centroid = dict(state.centroid)
@@ -142,9 +157,15 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
         "log_probability": trace.mean_log_probability,
     }
     for name, number in numbers.items():
-        if number is not None:
+        if heard and number is not None:
             measures[name] = _measure(measures[name], name, number, trace.id, now, ready=ready)
     return _judge(state.model_copy(update={**changes, "rates": rates, "measures": measures}), now, policy)
+
+
+def _loud(voices: tuple[str, ...], identity: str) -> bool:
+    """Whether a user has spoken too often among the last answers to be heard again."""
+    most = max(FEWEST, LOUDER * len(voices) / max(1, len(set(voices) - {""})))
+    return voices.count(identity) >= most
 
 
 def _vote(state: Watch, vote: Feedback, policy: Monitor) -> Watch:
