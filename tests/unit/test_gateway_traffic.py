@@ -109,7 +109,7 @@ def test_a_route_that_others_change_all_the_time_is_left_to_them(fake, traffic):
 def test_without_a_route_or_a_service_the_remedy_is_named(fake, traffic):
     with pytest.raises(FmopsError, match="no HTTPRoute other in fmops-serve: nothing serves yet"):
         GatewayTraffic(connect(), "other").set(SetTraffic(champion=OLD, challenger=None))
-    with pytest.raises(FmopsError, match=r"release-c has no service in fmops-serve\. `fmops deploy release-c --on eks`"):
+    with pytest.raises(FmopsError, match=r"release-c has no service in fmops-serve\. `fmops deploy release-c"):
         traffic.set(SetTraffic(champion=OLD, challenger="release-c", canary=0.1))
 
 
