@@ -53,12 +53,28 @@ def init(folder: Path) -> None:
 
 
 @cli.command()
+@click.option("--on", "where", type=click.Choice(["eks"]), help="Say what it would take on a cluster instead of here.")
+@click.option("--instance", help="Only on nodes of this kind. Left out: the cheapest for each stage.")
+@click.option("--nodes", type=click.IntRange(min=1), help="So many of them. Left out: the fewest that hold the stage.")
+@click.option("--requests-per-s", default=1.0, show_default=True, help="That the endpoint must carry.")
 @with_spec
-def plan(spec: Path, workspace: Path | None) -> None:
+def plan(
+    where: str | None,
+    instance: str | None,
+    nodes: int | None,
+    requests_per_s: float,
+    spec: Path,
+    workspace: Path | None,
+) -> None:
     """Say what would run and why, with tokens, time and cost."""
+    from fmops.orchestration.cluster_plan import render_cluster_plan
     from fmops.orchestration.show import render_plan
 
-    click.echo(render_plan(open_project(spec, workspace)))
+    project = open_project(spec, workspace)
+    if where is None:
+        click.echo(render_plan(project))
+        return
+    click.echo(render_cluster_plan(project, on=instance, nodes=nodes, requests_per_s=requests_per_s))
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from fmops.cli import cli
 SPEC = ("--spec", "--workspace", "--store")
 INTERFACE = {
     "init": ("folder",),
-    "plan": SPEC,
+    "plan": ("--on", "--instance", "--nodes", "--requests-per-s", *SPEC),
     "run": SPEC,
     "evaluate": ("model", "--endpoint", "--served", *SPEC),
     "compare": ("a", "b", "--page", *SPEC),
