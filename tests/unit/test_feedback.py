@@ -77,6 +77,8 @@ def test_praised_and_blamed_answers_to_one_prompt_make_a_pair_and_lone_votes_do_
     made = gather([good, bad, lone], [say(good, thumb="up"), say(bad, thumb="down"), say(lone, thumb="up")])
     assert [(row["chosen"], row["rejected"]) for row in made.preferences] == [("A slice is a part.", "Dunno.")]
     assert made.counts.unpaired_thumbs == 1
+    # Alone it makes no pair; KTO learns from it as it is.
+    assert made.votes == [{"id": "chatcmpl-3", "prompt": lone.prompt, "response": lone.response, "thumb": "up"}]
 
 
 def test_an_answer_that_some_praise_and_others_blame_teaches_nothing():

@@ -149,6 +149,33 @@ def test_a_round_of_instruction_tuning_rehearses_and_need_not_know_the_domain_be
     assert set(spec.evaluate.suites) == {"../../../quiz.yaml", "domain", "forgetting"}
 
 
+def aligning(project, align: str) -> None:
+    """The project's spec, with alignment by data of its own."""
+    text = SPEC.replace("  conversations:", "  preferences: {source: own.jsonl}\n  conversations:")
+    (project / "lifecycle.yaml").write_text(f"{text}align: {align}\n")
+
+
+def test_a_round_of_kto_learns_from_thumbs_that_have_no_counterpart(project):
+    feedback = project / ".fmops" / "rounds" / "0001" / "feedback" / "votes.jsonl"
+    feedback.parent.mkdir(parents=True)
+    feedback.write_text("{}\n")
+    aligning(project, "{method: dpo}")
+    with pytest.raises(FmopsError, match="a round of align needs preferences from feedback"):
+        derive(project, "align")
+    aligning(project, "{method: kto}")
+    _, spec = derive(project, "align")
+    assert spec.data.preferences.source == ("feedback/votes.jsonl", "../../../own.jsonl")
+
+
+def test_a_round_finds_the_rewards_of_its_project(project):
+    feedback = project / ".fmops" / "rounds" / "0001" / "feedback" / "preferences.jsonl"
+    feedback.parent.mkdir(parents=True)
+    feedback.write_text("{}\n")
+    aligning(project, "{method: grpo, reward: rewards.py:brief}")
+    _, spec = derive(project, "align")
+    assert spec.align.reward == {"../../../rewards.py:brief": 1.0}
+
+
 def test_finetuning_without_feedback_says_what_is_wanted(project):
     with pytest.raises(FmopsError, match="a round of align needs preferences from feedback, and there are none"):
         derive(project, "align")

@@ -36,7 +36,7 @@ class Counts(Frozen):
     unknown_answers: int
     """Feedback whose trace is gone."""
     unpaired_thumbs: int
-    """Votes on prompts with no counterpart: they count in monitoring, and train nothing."""
+    """Votes on prompts with no counterpart: they count in monitoring, and `kto` can learn from them."""
     identities: int
     """Voices behind what may be trained on. One alone never starts a round by itself."""
 
@@ -47,6 +47,8 @@ class Gathered:
 
     conversations: list[dict[str, Any]] = field(default_factory=list)
     preferences: list[dict[str, Any]] = field(default_factory=list)
+    votes: list[dict[str, Any]] = field(default_factory=list)
+    """Thumbs with no counterpart."""
     held_out: list[dict[str, Any]] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     questions: list[dict[str, Any]] = field(default_factory=list)
@@ -76,7 +78,7 @@ def gather(traces: Sequence[Trace], feedback: Sequence[Feedback], rules: Screen 
         else:
             kept.append(row)
     _conversations(kept, gathered)
-    unpaired = _preferences(kept, gathered)
+    _preferences(kept, gathered)
     gathered.questions = _questions(seen)
     gathered.counts = Counts(
         said=len(feedback),
@@ -85,7 +87,7 @@ def gather(traces: Sequence[Trace], feedback: Sequence[Feedback], rules: Screen 
         held_out=len(gathered.held_out),
         quarantined=dict(sorted(Counter(row["reason"].partition(":")[0] for row in gathered.quarantine).items())),
         unknown_answers=sum(row.id not in known for row in feedback),
-        unpaired_thumbs=unpaired,
+        unpaired_thumbs=len(gathered.votes),
         identities=len({row.identity for row in kept}),
     )
     return gathered
@@ -93,7 +95,7 @@ def gather(traces: Sequence[Trace], feedback: Sequence[Feedback], rules: Screen 
 
 def write(gathered: Gathered, out: Path) -> None:
     """Write the rows below `out`, each file whole or not at all; empty kinds get no file."""
-    for name in ("conversations", "preferences", "held_out", "quarantine", "questions"):
+    for name in ("conversations", "preferences", "votes", "held_out", "quarantine", "questions"):
         rows: list[dict[str, Any]] = getattr(gathered, name)
         if rows:
             write_atomically(out / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -138,8 +140,8 @@ def _conversations(kept: Iterable[Said], gathered: Gathered) -> None:
             gathered.conversations.append({"id": row.trace.id, "written_by": "user", "messages": messages})
 
 
-def _preferences(kept: Sequence[Said], gathered: Gathered) -> int:
-    """Correction over answer, and praised over blamed answers to one prompt; returns votes without a counterpart."""
+def _preferences(kept: Sequence[Said], gathered: Gathered) -> None:
+    """Correction over answer, and praised over blamed answers to one prompt; what has no counterpart stays a vote."""
     pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
     liked: dict[tuple[str, ...], list[Said]] = defaultdict(list)
     blamed: dict[tuple[str, ...], list[Said]] = defaultdict(list)
@@ -148,7 +150,6 @@ def _preferences(kept: Sequence[Said], gathered: Gathered) -> int:
             _pair(pairs, row.trace, chosen=row.feedback.correction, rejected=row.trace.response)
         elif row.feedback.thumb:
             (liked if row.feedback.thumb == "up" else blamed)[tuple(words(row.trace.prompt))].append(row)
-    unpaired = 0
     for prompt in dict.fromkeys([*liked, *blamed]):
         good, bad = liked.get(prompt, []), blamed.get(prompt, [])
         praised = {row.trace.response for row in good}
@@ -158,15 +159,18 @@ def _preferences(kept: Sequence[Said], gathered: Gathered) -> int:
         bad = [row for row in bad if row.trace.response not in praised]
         for better, worse in zip(good, bad, strict=False):
             _pair(pairs, worse.trace, chosen=better.trace.response, rejected=worse.trace.response)
-        unpaired += abs(len(good) - len(bad))
+        gathered.votes += [_vote(row) for row in (*good[len(bad) :], *bad[len(good) :])]
     gathered.preferences += pairs.values()
-    return unpaired
 
 
 def _pair(pairs: dict[tuple[str, str, str], dict[str, Any]], trace: Trace, *, chosen: str, rejected: str) -> None:
     if words(chosen) != words(rejected) and words(rejected):
         row = {"id": trace.id, "prompt": trace.prompt, "chosen": chosen, "rejected": rejected}
         pairs.setdefault((trace.prompt, chosen, rejected), row)
+
+
+def _vote(row: Said) -> dict[str, Any]:
+    return {"id": row.trace.id, "prompt": row.trace.prompt, "response": row.trace.response, "thumb": row.feedback.thumb}
 
 
 def _questions(traces: Iterable[Trace]) -> list[dict[str, Any]]:

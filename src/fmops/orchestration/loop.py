@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fmops.artifacts import Diagnosis, DriftReport, Release, SourceFile
 from fmops.deployment.monitoring.monitor import Watcher
@@ -33,6 +34,7 @@ from fmops.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
 SEEN = "seen.json"
 """Digests of the files that the champion has read, by corpus; relative to the rounds' folder."""
 ENDED = {"promoted": "promoted", "rolled back": "rolled back"}
+FEEDBACK_STAGES: tuple[RoundStage, ...] = ("instruct", "align")
 Files = dict[str, list[SourceFile]]
 
 
@@ -115,8 +117,8 @@ class LoopRunner:
             names = ", ".join(f"{len(files)} in {name}" for name, files in watched.new.items() if files)
             found.append(Trigger(cause="new data", stage="pretrain", why=f"new files: {names}"))
         used = self._used()
-        for stage, n in (("instruct", counts.conversations), ("align", counts.preferences)):
-            fresh = n - used.get(stage, 0)
+        for stage in FEEDBACK_STAGES:
+            fresh = self._learnable(counts.model_dump(), stage) - used.get(stage, 0)
             if fresh >= policy.new_examples:
                 why = f"{fresh} new examples from {counts.identities} identities"
                 found.append(Trigger(cause="feedback", stage=stage, why=why, identities=counts.identities))
@@ -256,8 +258,15 @@ class LoopRunner:
             self._write_seen({name: sorted(digests) for name, digests in seen.items()})
             return
         counts = json.loads((folder / "feedback" / "counts.json").read_text(encoding="utf-8"))
-        n = counts["conversations" if each.trigger.stage == "instruct" else "preferences"]
+        n = self._learnable(counts, each.trigger.stage)
         write_atomically(self.rounds.folder / "used.json", json.dumps({**self._used(), each.trigger.stage: n}))
+
+    def _learnable(self, counts: Mapping[str, Any], stage: RoundStage) -> int:
+        """Examples of feedback that a round of `stage` would learn from; thumbs with no counterpart only by kto."""
+        if stage == "instruct":
+            return int(counts["conversations"])
+        align = self.project.spec.align
+        return int(counts["preferences"] + (counts["unpaired_thumbs"] if align and align.method == "kto" else 0))
 
     def _used(self) -> dict[str, int]:
         """Examples of feedback that rounds have learnt from, by stage."""

@@ -91,11 +91,12 @@ def _data(
         return data
     kind = "conversations" if stage == "instruct" else "preferences"
     own = spec.data.conversations if stage == "instruct" else spec.data.preferences
-    gathered = folder / "feedback" / f"{kind}.jsonl"
-    sources = [f"feedback/{kind}.jsonl"] if gathered.is_file() else []
+    votes = ("votes",) if stage == "align" and spec.align and spec.align.method == "kto" else ()
+    sources = [f"feedback/{name}.jsonl" for name in (kind, *votes) if (folder / "feedback" / f"{name}.jsonl").is_file()]
+    gathered = bool(sources)
     if own:
         sources += [_moved(uri, root, folder) for uri in own.source]
-    if not gathered.is_file():
+    if not gathered:
         raise FmopsError(
             f"a round of {stage} needs {kind} from feedback, and there are none. Users give them on /v1/feedback; "
             "quarantine.jsonl lists what waits for a person."
