@@ -32,7 +32,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from fmops.adapters.lm_eval_scorer import SharedPrefixLM, versions
+from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.evaluation.items import choose, read_items
 from fmops.evaluation.suites import SuiteTask, load_suite
 from fmops.sources import resolve
@@ -287,7 +287,10 @@ def write(
         "ratios": largest["ratios"], "max_abs_loglik_difference": largest["max_abs_loglik_difference"],
         "items_that_differ": largest["items_that_differ"],
         "command": "python -m benchmarks.evaluation", "unit": "CPU seconds an item, one thread, float32",
-        "versions": {**versions(), "lm-eval": version("lm-eval"), "python": platform.python_version()},
+        "versions": {
+            **{name: version(name) for name in ("torch", "transformers", "lm-eval")},
+            "python": platform.python_version(),
+        },
         "machine": _processor(),
     }  # fmt: skip
     path.parent.mkdir(exist_ok=True)
