@@ -219,7 +219,8 @@ class Shared:
                 f"{self.address}/{name} is not a record: {error}. Restore its version before, or empty the object; "
                 "`fmops run` makes the artifact again."
             ) from None
-        if _name(artifact_key(record.stage, record.fingerprint)) != name:
+        # A stage named `../x` would have its files put outside the workspace.
+        if _name(artifact_key(record.stage, record.fingerprint)) != name or "/" in record.key:
             raise IntegrityError(f"{self.address}/{name} is the record of {record.key}. Restore its version before.")
         return record
 

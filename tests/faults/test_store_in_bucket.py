@@ -119,6 +119,17 @@ def test_an_upload_in_parts_goes_on_where_it_was_torn(s3, tmp_path):
     machine(tmp_path / "other").verify(record)
 
 
+def test_killed_within_an_upload_the_parts_that_arrived_are_not_sent_again(s3, tmp_path):
+    store = machine(tmp_path)
+    record = make(store, {"weights": os.urandom(PART) * 2 + b"end"})
+    assert commit_elsewhere(store, record, FMOPS_FAULT="upload-after-part:1").returncode == -9
+    assert s3.names("project/") == []
+    s3.requests.clear()
+    store.commit(record)
+    assert s3.count("PUT", "partNumber=1") == 0
+    machine(tmp_path / "other").verify(record)
+
+
 def test_an_upload_that_was_aborted_there_begins_anew(s3, tmp_path):
     store = machine(tmp_path)
     record = make(store, {"weights": b"x" * (PART + 1)})
@@ -262,6 +273,7 @@ def test_two_conditional_writes_that_meet_are_tried_again(s3, tmp_path):
         (400, "ExpiredToken", "have expired: log in again"),
         (503, "SlowDown", "what is done is kept, run again then"),
         (501, "NotImplemented", "knows no conditional writes"),
+        (400, "InvalidRequest", "InvalidRequest"),
     ],
 )
 def test_what_s3_refuses_is_said_with_the_remedy(s3, tmp_path, status, code, said):
@@ -309,6 +321,16 @@ def test_a_record_that_points_outside_its_folder_is_refused(s3, tmp_path):
     evil = record.model_copy(update={"files": {"../../../evil": record.files["a.txt"]}})
     with pytest.raises(IntegrityError, match="points outside its folder"):
         machine(tmp_path / "other").load(evil)
+
+
+def test_a_record_of_a_stage_that_points_outside_is_refused(s3, tmp_path):
+    store = machine(tmp_path)
+    record = make(store, {"a.txt": b"first"})
+    evil = record.model_copy(update={"stage": "../../evil"})
+    name = f"project/records/{evil.key}.json"
+    s3.client.put_object(Bucket=BUCKET, Key=name, Body=evil.model_dump_json().encode())
+    with pytest.raises(IntegrityError, match="Restore its version before"):
+        machine(tmp_path / "other").records()
 
 
 def test_a_damaged_copy_is_fetched_again_and_the_bucket_is_not_blamed(s3, tmp_path):

@@ -24,6 +24,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from fmops.errors import FmopsError
+from fmops.faults import fault_site
 from fmops.store import write_atomically
 
 PART_BYTES = 16 * 1024 * 1024
@@ -34,12 +35,14 @@ ATTEMPTS = 8
 GONE = ("404", "NoSuchKey")
 LOST = ("412", "PreconditionFailed")
 RIGHTS = "Give this identity s3:GetObject, s3:PutObject and s3:ListBucket there, and the use of its KMS key."
+REGION = "It lies in another region: set AWS_REGION to that one."
 REMEDIES = {
     "AccessDenied": RIGHTS,
     "403": RIGHTS,
     "NoSuchBucket": "Check the name, or make the bucket first; a store never makes one.",
-    "PermanentRedirect": "It lies in another region: set AWS_REGION to that one.",
-    "AuthorizationHeaderMalformed": "It lies in another region: set AWS_REGION to that one.",
+    "301": REGION,
+    "PermanentRedirect": REGION,
+    "AuthorizationHeaderMalformed": REGION,
     "RequestTimeTooSkewed": "This machine's clock is wrong by more than 15 minutes: set it (`timedatectl set-ntp 1`).",
     "ExpiredToken": "The credentials have expired: log in again.",
     "InvalidAccessKeyId": "The credentials are not known there: check AWS_PROFILE and AWS_ACCESS_KEY_ID.",
@@ -47,6 +50,7 @@ REMEDIES = {
     "NotImplemented": "This store knows no conditional writes, without which two writers overwrite each other.",
 }
 LATER = "It answers again later: what is done is kept, run again then."
+BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestTimeoutException", "InternalError")
 
 
 class Moved(Exception):
@@ -210,6 +214,7 @@ class Bucket:
                 done.append(part)
                 there["parts"][str(part["PartNumber"])] = [part["ETag"], part["ChecksumSHA256"]]
                 write_atomically(memory, json.dumps(there))
+                fault_site("upload-after-part")
         with self._said(f"write {name}"):
             self._client.complete_multipart_upload(
                 **self._at(name), UploadId=there["id"], MultipartUpload={"Parts": done}
@@ -255,9 +260,7 @@ class Bucket:
                 raise _Lost from None
             if code == "ConditionalRequestConflict":
                 raise _Conflict from None
-            raise FmopsError(
-                f"cannot {doing} in {self.address}: {code}. {REMEDIES.get(code, LATER)}{_who(error.response)}"
-            ) from None
+            raise FmopsError(f"cannot {doing} in {self.address}: {code}. {_remedy(code, error.response)}") from None
         except NoCredentialsError:
             raise FmopsError(
                 f"cannot {doing} in {self.address}: no credentials. Log in (`aws sso login`), or set AWS_PROFILE."
@@ -310,7 +313,9 @@ def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
 
 
-def _who(response: Mapping[str, Any]) -> str:
-    """The request's id, by which AWS finds it."""
-    request = response.get("ResponseMetadata", {}).get("RequestId")
-    return f" (request {request})" if request else ""
+def _remedy(code: str, response: Mapping[str, Any]) -> str:
+    """What helps, else what S3 itself says; with the request's id, by which AWS finds it."""
+    facts = response.get("ResponseMetadata", {})
+    passing = code in BUSY or int(facts.get("HTTPStatusCode", 0)) >= 500
+    text = REMEDIES.get(code) or (LATER if passing else str(response.get("Error", {}).get("Message", "")))
+    return f"{text} (request {facts['RequestId']})" if facts.get("RequestId") else text

@@ -60,7 +60,10 @@ class Project:
         """What a command needs to open this very project again, as one would type it from here."""
         spec = f"--spec {os.path.relpath(self.spec_path)}"
         usual = self.store.root == self.spec_path.parent / WORKSPACE
-        return spec if usual else f"{spec} --workspace {os.path.relpath(self.store.root)}"
+        workspace = "" if usual else f" --workspace {os.path.relpath(self.store.root)}"
+        shared = self.store.shared.address if self.store.shared else ""
+        stated = (self.spec.runtime.store or "").rstrip("/")
+        return spec + workspace + ("" if shared == stated else f" --store {shared}")
 
     @property
     def threads(self) -> int:
