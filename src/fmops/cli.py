@@ -15,6 +15,7 @@ import click
 from fmops import __version__
 from fmops.cli_deploy import deploy
 from fmops.cli_keys import keys
+from fmops.cli_loop import loop
 from fmops.cli_options import open_project, with_spec
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
 
@@ -312,28 +313,7 @@ def monitor(once: bool, port: int | None, spec: Path, workspace: Path | None) ->
     run_monitor(project.store, project.spec.monitor, once=once, port=port, say=click.echo)
 
 
-@cli.command()
-@click.option("--once", is_flag=True, help="Do the next step and end (for cron). Default: look every minute.")
-@click.option(
-    "--round", "stage", type=click.Choice(["pretrain", "instruct", "align"]), help="Ask for a round of this stage."
-)
-@click.option("--why", default="", help="Remembered with the wish for a round.")
-@click.option("--approve", type=int, help="Let the round of this number train.")
-@with_spec
-def loop(
-    once: bool, stage: Any, why: str, approve: int | None, spec: Path, workspace: Path | None
-) -> None:  # fmt: skip
-    """Close the loop: watch, diagnose, train what is missing from the champion, gate, roll out, or roll back."""
-    from fmops.orchestration.events import open_view
-    from fmops.orchestration.loop import LoopRunner, asked, keep_going
-
-    with open_view() as view:
-        runner = LoopRunner(open_project(spec, workspace), view)
-        wish = asked(stage, why) if stage else None
-        if once or stage or approve is not None:
-            click.echo("\n".join(runner.look(ask=wish, approve=approve)))
-        else:
-            keep_going(runner, say=click.echo)
+cli.add_command(loop)
 
 
 @cli.command()

@@ -97,6 +97,7 @@ class LoopRunner:
             # Sources and all traces are read only where a round could begin.
             return [*said, f"no round: {decide((), rounds, policy, self.clock()).reason}"]
         watched, gathered = self._watched(), self.gathered()
+        said += _set_aside(gathered)
         decision = decide(self._triggers(report, watched, gathered, ask), rounds, policy, self.clock())
         said.append(self._begin(decision, watched, gathered))
         return said
@@ -301,6 +302,16 @@ def asked(stage: RoundStage, why: str) -> Trigger:
 
 def _told(diagnosis: Diagnosis | None) -> str:
     return f"; {diagnosis.cause} → {diagnosis.stage}" if diagnosis else ""
+
+
+def _set_aside(gathered: Gathered) -> list[str]:
+    """A line on feedback that the screen keeps out of training, where there is any."""
+    assert gathered.counts is not None
+    aside = gathered.counts.quarantined
+    if not aside:
+        return []
+    reasons = ", ".join(f"{n} {reason}" for reason, n in aside.items())
+    return [f"feedback: {sum(aside.values())} of {gathered.counts.said} rows are set aside: {reasons}"]
 
 
 def keep_going(runner: LoopRunner, *, say: Callable[[str], None], every_s: float = 60.0) -> None:
