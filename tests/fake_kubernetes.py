@@ -101,7 +101,7 @@ class FakeKubernetes:
         found = [
             each for each in below if all(each["metadata"].get("labels", {}).get(key) == value for key, value in labels)
         ]
-        if below or path.rpartition("/")[2].endswith("s"):
+        if below or _is_collection(path):
             return _json({"kind": "List", "items": found})
         return _failure(404, f"{path.rpartition('/')[2]} not found")
 
@@ -167,6 +167,12 @@ def serve() -> Iterator[FakeKubernetes]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _is_collection(path: str) -> bool:
+    """Whether a path ends with a kind, not with an object's name: /api/v1/namespaces/a/pods, not …/pods/b."""
+    parts = path.strip("/").split("/")
+    return len(parts[2 if parts[0] == "api" else 3 :]) % 2 == 1
 
 
 def _merged(old: Any, new: Any) -> Any:

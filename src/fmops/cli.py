@@ -44,6 +44,21 @@ def cli() -> None:
 
 
 @cli.command()
+@click.option("--on", "where", type=click.Choice(["eks"]), help="Look at the cluster instead of this machine.")
+@click.option("--context", help="Of the kubeconfig. Left out: the current one.")
+@with_spec
+def doctor(where: str | None, context: str | None, spec: Path, workspace: Path | None) -> None:
+    """Say whether a lifecycle can run here, or on the cluster, and what to mend."""
+    from fmops.orchestration.doctor import examine_cluster, examine_here, render_findings
+
+    here = examine_here(spec, open_project=lambda: open_project(spec, workspace))
+    findings = list(examine_cluster(context) if where else here)
+    click.echo(render_findings(findings))
+    if any(each.state == "fault" for each in findings):
+        sys.exit(EXIT_FAILED)
+
+
+@cli.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path())
 def init(folder: Path) -> None:
     """Write a commented lifecycle.yaml to start from."""

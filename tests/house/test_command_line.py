@@ -14,6 +14,7 @@ from fmops.cli import cli
 
 SPEC = ("--spec", "--workspace", "--store")
 INTERFACE = {
+    "doctor": ("--on", "--context", *SPEC),
     "init": ("folder",),
     "plan": ("--on", "--instance", "--nodes", "--requests-per-s", *SPEC),
     "run": SPEC,
