@@ -96,6 +96,7 @@ class Preferences(Artifact):
 
     kind: ClassVar[str] = "preferences"
     pairs: int = Field(description="Training examples, whatever their form.")
+    form: Literal["pairs", "votes", "prompts"] = "pairs"
     held_out: int
     redactions: dict[str, int] = {}
     dropped: tuple[Dropped, ...] = ()

@@ -44,7 +44,7 @@ def test_votes_come_as_trl_writes_them_as_our_feedback_does_and_as_pairs(read):
             {"prompt": "What is a set?", "chosen": "No duplicates.", "rejected": "A number."},
         ],
     )
-    assert made.pairs == 4
+    assert (made.pairs, made.form) == (4, "votes")
     assert [row["prompt"] for row in rows] == [ASKED] * 4
     votes = [(row["completion"], row["label"]) for row in rows[:3]]
     assert votes == [("A collection.", True), ("No idea.", False), ("Unordered.", True)]

@@ -64,6 +64,7 @@ def prepare_preferences(
     return Preferences(
         path=out,
         pairs=kept.train,
+        form=config.form,
         held_out=kept.held_out,
         redactions=dict(sorted(kept.redactions.items())),
         dropped=kept.dropped,

@@ -119,7 +119,7 @@ def data_list(known: Evidence) -> dict[str, Any]:
     if known.preferences:
         pairs = known.preferences
         listed["preferences"] = {
-            "pairs": pairs.pairs,
+            pairs.form: pairs.pairs,
             "held_out": pairs.held_out,
             **_treatment(pairs.dropped, pairs.redactions),
             **_origin(known.origins.get("preferences")),
@@ -219,7 +219,7 @@ def _data(known: Evidence) -> list[str]:
         stated = known.data_licence("preferences") or UNKNOWN
         lines += [
             "",
-            f"Preferences: {pairs.pairs:,} pairs for training, {pairs.held_out:,} held out. Licence: {stated}.",
+            f"Preferences: {pairs.pairs:,} {pairs.form} for training, {pairs.held_out:,} held out. Licence: {stated}.",
             "",
         ]
         lines += _treated("preferences", pairs.dropped, pairs.redactions)

@@ -21,7 +21,7 @@ def summarise(record: Record) -> str:
         case "conversations":
             return f"{artifact['conversations']:,} conversations, {artifact['held_out']:,} held out"
         case "preferences":
-            return f"{artifact['pairs']:,} pairs, {artifact['held_out']:,} held out"
+            return f"{artifact['pairs']:,} {artifact.get('form', 'pairs')}, {artifact['held_out']:,} held out"
         case "benchmarks":
             return f"{sum(artifact['items'].values()):,} items of {len(artifact['items'])} tasks"
         case "checkpoint":
