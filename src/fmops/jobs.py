@@ -67,6 +67,8 @@ class EvaluateJob(Frozen):
     """URL of an OpenAI-compatible endpoint that serves the model; it is asked instead of the weights."""
     served_model: str | None = None
     """The model's name there; None where the endpoint has one."""
+    release: str | None = None
+    """Key of the release that the endpoint must serve, where it says which; None when the model is no release."""
 
 
 class GateJob(Gate):

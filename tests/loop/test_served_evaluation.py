@@ -106,10 +106,10 @@ def measure(tmp_path, tiny_model):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model").symlink_to(tiny_model)
 
-    def run(out: str, endpoint: str | None):
+    def run(out: str, endpoint: str | None, release: str | None = None):
         (tmp_path / out).mkdir()
         return evaluate(
-            EvaluateJob(endpoint=endpoint),
+            EvaluateJob(endpoint=endpoint, release=release),
             checkpoint=Checkpoint(path=tmp_path / "base", stage="base", parameters=1, trained_tokens=0),
             benchmarks=Benchmarks(path=items.parent, items={name: count for name, (_, count) in asked.items()}),
             out=tmp_path / out,
@@ -137,3 +137,9 @@ def test_two_served_models_may_be_compared_and_a_served_one_with_weights_may_not
     mixed = decide(weights, served)
     assert mixed.verdict == "reject"
     assert "the champion was measured with batch prefix-tree/256, the challenger with endpoint" in mixed.reasons[0]
+
+
+def test_a_server_of_another_release_is_not_measured_in_its_place(measure, url):
+    with pytest.raises(FmopsError, match=r"serves tiny@0123456789ab, not release-abc\. .*fmops serve --release"):
+        measure("other", url, release="release-abc")
+    assert measure("this", url, release="tiny@0123456789ab").metrics

@@ -91,6 +91,13 @@ def test_a_regression_in_one_family_outweighs_every_gain(tmp_path, judge):
     assert len(decision.reasons) == 1
 
 
+def test_resistance_without_over_refusal_is_named(tmp_path, judge):
+    lonely = [report(tmp_path / name, {"harm": half(300)}) for name in ("a", "b")]
+    assert "over-refusal was not measured" in judge(*lonely).reasons[-1]
+    paired = [report(tmp_path / name, {"harm": half(300), "over-refusal": half(300)}) for name in ("c", "d")]
+    assert not any("not measured" in reason for reason in judge(*paired).reasons)
+
+
 def test_too_few_items_ask_for_more(tmp_path, judge):
     decision = judge(report(tmp_path / "a", {"skill": half(10)}), report(tmp_path / "b", {"skill": half(10)}))
     assert decision.verdict == "need more data"

@@ -46,12 +46,15 @@ class OpenAIEndpoint:
         self._client = httpx.Client(headers=headers, timeout=TIMEOUT_S, transport=transport)
         weakref.finalize(self, self._client.close)
         self._sleep = sleep
-        served = [str(card["id"]) for card in _field(self._ask("GET", "models", None), "data", self.url)]
+        cards = {str(card["id"]): card for card in _field(self._ask("GET", "models", None), "data", self.url)}
+        served = list(cards)
         if model is None and len(served) != 1:
             raise FmopsError(f"{self.url} serves {', '.join(served) or 'nothing'}: name the one that is meant.")
         if model is not None and model not in served:
             raise FmopsError(f"{self.url} serves no model {model!r}, but {', '.join(served) or 'nothing'}.")
         self.model = model or served[0]
+        self.release: str | None = cards[self.model].get("version")
+        """Key of the release that is served, where the server says it, as FMOps' own does."""
 
     def chat(self, messages: list[dict[str, str]], *, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
         """The greedy answer to a dialogue."""

@@ -109,7 +109,13 @@ def _model(config: EvaluateJob, checkpoint: Checkpoint, context: StageContext) -
     from fmops.adapters.openai_endpoint import OpenAIEndpoint
 
     endpoint = OpenAIEndpoint(config.endpoint, model=config.served_model)
-    context.note(f"{endpoint.url} is asked for {endpoint.model}; what it serves is its own word")
+    if config.release and endpoint.release and config.release != endpoint.release:
+        raise FmopsError(
+            f"{endpoint.url} serves {endpoint.release}, not {config.release}. Evaluate that one, or serve "
+            f"the other: `fmops serve --release {config.release}`."
+        )
+    told = endpoint.release or "it does not say which weights"
+    context.note(f"asked: {endpoint.model} at {endpoint.url}, serving {told}")
     return EndpointLM(endpoint)
 
 

@@ -43,7 +43,9 @@ def evaluate(
     """
     if "evaluate-base" not in project.graph.nodes:
         raise FmopsError(f"{project.spec_path.name} has no `evaluate`: add it, with suites, to say what is measured.")
-    project = replace(project, graph=_with_subject(project, _source(project, model), endpoint=endpoint, served=served))
+    source, release = _source(project, model)
+    asked = {"endpoint": endpoint, "served_model": served, "release": release} if endpoint else {}
+    project = replace(project, graph=_with_subject(project, source, asked))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(project.threads))
     # Libraries read these at import, which the stages do. The stages report their own progress.
     os.environ.update(threads, TQDM_DISABLE="1")
@@ -60,27 +62,27 @@ def evaluate(
     return record
 
 
-def _source(project: Project, model: str) -> str:
-    """The URI of the model's folder."""
+def _source(project: Project, model: str) -> tuple[str, str | None]:
+    """The URI of the model's folder, and the key when it is a release."""
     store = project.store
     key = store.aliases().get(model, model)
     known = [record for record in store.records() if record.key.startswith(key) or record.node == key]
     for record in reversed(known):
         if record.kind in ("checkpoint", "release"):
-            return str(store.files(record) / "model")
+            return str(store.files(record) / "model"), record.key if record.kind == "release" else None
     if known:
         raise FmopsError(
             f"{known[-1].key} is a {known[-1].kind}. Only a checkpoint, a release or a model is evaluated."
         )
     if "://" in model or (project.graph.root / model).exists():
-        return model
+        return model, None
     if os.path.exists(model):  # noqa: PTH110  a path from where the command was given
-        return os.path.abspath(model)  # noqa: PTH100
+        return os.path.abspath(model), None  # noqa: PTH100
     names = ", ".join(sorted({*store.aliases(), *(r.key for r in store.records() if r.kind == "checkpoint")})) or "none"
     raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.place}. Known there: {names}.")
 
 
-def _with_subject(project: Project, source: str, *, endpoint: str | None, served: str | None) -> Graph:
+def _with_subject(project: Project, source: str, asked: dict[str, str | None]) -> Graph:
     """The part of the graph that an evaluation needs, with the model in the place of the base."""
     nodes = project.graph.nodes
     pattern = nodes["evaluate-base"]
@@ -91,8 +93,8 @@ def _with_subject(project: Project, source: str, *, endpoint: str | None, served
     label = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[-32:]
     subject = Node(name=SUBJECT, stage=STAGES["import"], config=ImportJob(), sources={"source": (source,)})
     assert isinstance(pattern.config, EvaluateJob)
-    job = pattern.config.model_copy(update={"endpoint": endpoint, "served_model": served})
-    label += SERVED if endpoint else ""
+    job = pattern.config.model_copy(update=asked)
+    label += SERVED if asked else ""
     measured = replace(
         pattern, config=job, name=f"evaluate-{label}", artifacts={**pattern.artifacts, "checkpoint": SUBJECT}
     )
