@@ -291,7 +291,7 @@ def _cpt(how: str) -> Callable[[Setting], Any]:
 
 def _unwatched(kind: type) -> type:
     """Our trainer outside a stage: the same steps without the watch over them."""
-    from fmops.adapters.trainer import Guarded
+    from fmops.adapters.guarded import Guarded
 
     def past_the_watch(name: str) -> Callable[..., Any]:
         return lambda self, *args, **kwargs: getattr(super(Guarded, self), name)(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Named places where a test may kill this process, as a power cut would, or stop it.
 
-Enters: FMOPS_FAULT=site:n[:signal] in the environment. Leaves: nothing; the n-th visit to the site is SIGKILL, or that
-signal (SIGTERM, SIGSTOP…).
+Enters: FMOPS_FAULT=site:n[:signal[:rank]] in the environment. Leaves: nothing; the n-th visit to the site is SIGKILL,
+or that signal (SIGTERM, SIGSTOP…), on that rank where several processes train.
 Refuses: to do anything when the variable is not set.
 """
 
@@ -19,7 +19,9 @@ def fault_site(name: str) -> None:
     wanted = os.environ.get("FMOPS_FAULT")
     if not wanted:
         return
-    site, visit, name_of_signal = (*wanted.split(":"), "", "")[:3]
+    site, visit, name_of_signal, rank = (*wanted.split(":"), "", "", "")[:4]
     _visits[name] += 1
+    if rank and rank != os.environ.get("RANK"):
+        return
     if site == name and _visits[name] == int(visit or 1):
         os.kill(os.getpid(), signal.Signals[name_of_signal or "SIGKILL"])

@@ -300,7 +300,10 @@ class Runtime(Frozen):
 
     threads: int | None = Field(None, ge=1, description="Left out: every core this process may use.")
     processes: int = Field(
-        1, ge=1, description="That share an evaluation; each takes `threads` threads and memory for the model."
+        1, ge=1, description="That share training or evaluation, each with `threads` threads and memory for a model."
+    )
+    sharding: Literal["auto", "ddp", "fsdp2"] = Field(
+        "auto", description="Of a model that several processes train: whole in each (ddp) or in shards; by its size."
     )
     dollars_per_hour: float = Field(0.0, ge=0, description="Price of this machine; `fmops plan` and the report use it.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

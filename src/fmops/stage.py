@@ -39,6 +39,8 @@ class Stage:
     name: str
     function: str
     output: type[Artifact]
+    in_ranks: bool = False
+    """Whether `runtime.processes` run it together, as ranks of one process group."""
     version: int = 1
     """Raised when the same config and inputs would give another artifact; part of the fingerprint."""
 
@@ -56,8 +58,8 @@ STAGES: dict[str, Stage] = {
         Stage("curate", "fmops.data.curate:curate", Corpus, version=3),
         Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=3),
         Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=4),
-        Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, version=2),
-        Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, version=2),
+        Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, in_ranks=True, version=2),
+        Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, in_ranks=True, version=2),
         Stage("align", "fmops.finetuning.align:align", Checkpoint, version=3),
         Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=4),
         Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=3),
@@ -77,7 +79,9 @@ class StageContext:
     seed: int = 0
     threads: int = 1
     processes: int = 1
-    """Processes that share an evaluation, of `threads` threads each (runtime, no identity)."""
+    """Processes that share a training or an evaluation, of `threads` threads each (runtime, no identity)."""
+    sharding: str = "auto"
+    """`ddp`, `fsdp2` or `auto`: whether each training process holds the whole model (runtime, no identity)."""
     precision: str = "float32"
     """`auto`, `float32` or `bfloat16`: training arithmetic (runtime, no identity)."""
     micro_batch_parts: int = 1

@@ -88,8 +88,9 @@ def total_nats(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
     """
     learnt = (labels != IGNORED).nonzero()[:, 0]
     if not len(learnt):
-        # A differentiable zero: the micro-batch takes part in the step without moving it.
-        return hidden.sum() * 0.0
+        # A differentiable zero: the micro-batch takes part in the step without moving it, the head's weight, too, for
+        # which other processes may wait.
+        return hidden.sum() * 0.0 + weight[:1].sum() * 0.0
     if len(learnt) < len(labels):
         hidden, labels = hidden.index_select(0, learnt), labels.index_select(0, learnt)
     nats: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fmops.adapters import ranks
 from fmops.environment import machine_notes
 from fmops.errors import FmopsError, unknown
 from fmops.stage import StageContext
@@ -51,8 +52,11 @@ def load_tokenizer(folder: Path) -> Any:
 def save_model(model: Any, out: Path, *, source: Path) -> None:
     """Write `model` to `out`, with the tokenizer and generation files of the folder it was loaded from.
 
-    Those files are copied, not written again: training must not change a token id or the chat template.
+    Those files are copied, not written again: training must not change a token id or the chat template. Of several
+    processes the first one writes.
     """
+    if ranks.rank():
+        return
     if out.exists():
         shutil.rmtree(out)
     config = AutoConfig.from_pretrained(source, local_files_only=True)
@@ -67,7 +71,9 @@ def save_model(model: Any, out: Path, *, source: Path) -> None:
 
 
 def save_adapter(model: Any, out: Path) -> None:
-    """Write a PEFT model's adapter to `out`, without the path of its base."""
+    """Write a PEFT model's adapter to `out`, without the path of its base; of several processes the first one does."""
+    if ranks.rank():
+        return
     if out.exists():
         shutil.rmtree(out)
     model.save_pretrained(out)
@@ -119,6 +125,11 @@ def choose_precision(context: StageContext, *, work: Path) -> torch.dtype:
         return names[context.precision]
     if context.precision != "auto":
         raise unknown("precision", context.precision, {"auto", *names})
+    context.environment["precision"] = ranks.agreed(lambda: _measured_precision(context, kept=kept))
+    return names[context.environment["precision"]]
+
+
+def _measured_precision(context: StageContext, *, kept: Path) -> str:
     if not kept.is_file():
         machine = machine_notes(threads=context.threads) / "precision"
         if not machine.is_file():
@@ -127,8 +138,7 @@ def choose_precision(context: StageContext, *, work: Path) -> torch.dtype:
             context.note(f"training in {name}: bfloat16 multiplies {gain:.1f}× as fast as float32 here")
             write_atomically(machine, name)
         write_atomically(kept, machine.read_text())
-    context.environment["precision"] = kept.read_text()
-    return names[kept.read_text()]
+    return kept.read_text()
 
 
 def _gemm_seconds(dtype: torch.dtype, *, size: int = 1024) -> float:

@@ -49,6 +49,9 @@ class Block:
         return Block(self.input_ids[:tokens], tuple(lengths), None if self.labelled is None else self.labelled[:tokens])
 
 
+_NOTHING = Block(np.zeros(2, dtype=np.int32), (2,), np.zeros(2, dtype=bool))
+
+
 def labels_of(block: Block) -> NDArray[np.int64]:
     """[tokens] the ids to predict, −100 where nothing is learnt: unlabelled tokens, and each piece's first token.
 
@@ -68,7 +71,11 @@ def positions_of(lengths: Sequence[int]) -> NDArray[np.int64]:
 
 
 def collate(blocks: Sequence[Block]) -> dict[str, Any]:
-    """One row of all blocks' pieces. Leaves `input_ids`, `position_ids`, `labels`, each [1, tokens], and no mask."""
+    """One row of all blocks' pieces. Leaves `input_ids`, `position_ids`, `labels`, each [1, tokens], and no mask.
+
+    Of no blocks it is a row with nothing to learn: a process without a share of a step takes part in it all the same.
+    """
+    blocks = blocks or [_NOTHING]
     lengths = [length for block in blocks for length in block.lengths]
     return {
         "input_ids": torch.from_numpy(np.concatenate([block.input_ids for block in blocks]).astype(np.int64))[None],
@@ -192,16 +199,31 @@ def plan_training(sizes: Sequence[int], *, tokens: int, batch_tokens: int, seed:
     )
 
 
-def micro_batch(plan: Plan, sizes: Sequence[int]) -> int:
+def micro_batch(plan: Plan, sizes: Sequence[int], *, processes: int = 1) -> int:
     """Blocks that share a row of the model, at most `MICRO_TOKENS` tokens of the largest; a step divides by it.
 
-    It depends on the blocks alone: which sums are rounded together must not depend on the memory at hand.
+    It depends on the blocks and the processes alone: which sums are rounded together must not depend on the memory at
+    hand. Each process gets one where there are enough blocks.
     """
     largest = max(sizes)
-    parts = range(1, plan.blocks_per_step + 1)
-    return max(
-        part for part in parts if plan.blocks_per_step % part == 0 and (part == 1 or part * largest <= MICRO_TOKENS)
-    )
+    most = max(1, plan.blocks_per_step // processes)
+    parts = (part for part in range(1, most + 1) if plan.blocks_per_step % part == 0)
+    return max(part for part in parts if part == 1 or part * largest <= MICRO_TOKENS)
+
+
+def deal(plan: Plan, *, micro: int, rank: int, world: int) -> list[list[int]]:
+    """Places in the plan's order that one of `world` processes reads: a list for each of its micro-batches.
+
+    A step's micro-batches are those of one process, dealt in turn. Where they do not come out even the last ones are
+    empty: every process has equally many in a step.
+    """
+    dealt: list[list[int]] = []
+    for first in range(0, len(plan.order), plan.blocks_per_step):
+        last = min(first + plan.blocks_per_step, len(plan.order))
+        batches = [list(range(start, min(start + micro, last))) for start in range(first, last, micro)]
+        mine = batches[rank::world]
+        dealt += mine + [[] for _ in range(-(-len(batches) // world) - len(mine))]
+    return dealt
 
 
 def _endless_order(sizes: Sequence[int], seed: int) -> Iterator[int]:

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from fmops.adapters import resume
+from fmops.adapters import ranks, resume
 from fmops.adapters.model_files import quiet
 from fmops.adapters.packing import Plan
+from fmops.adapters.sharding import like, settle, whole
 from fmops.adapters.training_faults import (
     cut_micro_batch,
     fault_of,
@@ -103,6 +104,9 @@ def arguments(
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "eval_strategy": "no",
+        # Every process runs the same layers, and buffers are constants.
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,
         "report_to": [],
         "disable_tqdm": True,
         "seed": seed,
@@ -135,12 +139,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     left_out: frozenset[int] = frozenset()
     """Steps that a rollback takes out of the rest of the run."""
     _losses: list[float] = field(default_factory=list)
+    _loss: float = 0.0
     _kept: dict[str, torch.Tensor] = field(default_factory=dict)
     _started: tuple[float, int] = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 0:
-            row = {"step": 0, "tokens": 0, **self.evaluate(model)}
+            row = {"step": 0, "tokens": 0, **self._measure(model)}
             self.curve.append(row)
             self.context.metrics(0, **{key: value for key, value in row.items() if key != "step"})
             self._keep_weights(model, 0)
@@ -163,7 +168,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.quarantined[step] = LEFT_OUT
             return False
         wrong = [loss for loss in self._losses if not math.isfinite(loss)]
-        loss = wrong[0] if wrong else math.fsum(self._losses)
+        loss = self._loss = ranks.summed([wrong[0] if wrong else math.fsum(self._losses)])[0]
         applied = [row["loss"] for row in self.curve if "loss" in row and self.spikes]
         why = fault_of(loss, gradient_norm, applied=applied)
         if why is None:
@@ -176,11 +181,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **given: Any) -> None:
         step, tokens = state.global_step, self._tokens(state.global_step)
         row: dict[str, float] = {"step": step, "tokens": tokens, **self.measured}
-        row |= {"quarantined": 1.0} if step in self.quarantined else {"loss": math.fsum(self._losses)}
+        row |= {"quarantined": 1.0} if step in self.quarantined else {"loss": self._loss}
         self._losses.clear()
         self.measured.clear()
         if step in self.evaluate_at:
-            row |= self.evaluate(model)
+            row |= self._measure(model)
             if self.keep is not None and not self.keep(self.curve[0], row):
                 self.stopped = control.should_training_stop = not self.go_on(self, model, row, **given)
             else:
@@ -193,7 +198,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         fault_site("step")
         if self._went_wrong() >= IN_A_ROW:
             raise GoBack(step)
-        leave = self.leaving and step < self.plan.steps
+        leave = ranks.any_of(flag=self.leaving) and step < self.plan.steps
         # What follows a step that went wrong may be wrong itself: such weights are nothing to go back to.
         control.should_save = (step in self.save_at or leave) and not self.stopped and not self._went_wrong()
         control.should_training_stop = control.should_training_stop or leave
@@ -208,6 +213,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return count
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if ranks.rank():
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with written_or_explained(folder):
             if self._kept and self.kept_step not in (0, state.global_step):
@@ -245,14 +252,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def put_back(self, model: Any) -> None:
         """Give `model` the last weights that `keep` allowed."""
+        settle(model)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in self._kept.items():
-                parameters[name].copy_(value)
+                parameters[name].copy_(like(value, parameters[name]))
 
     def tokens_per_s(self, step: int) -> float:
         """Of this attempt, held-out measurements and resume states included."""
         return (self._tokens(step) - self._started[1]) / max(1e-9, self.context.clock() - self._started[0])
+
+    def _measure(self, model: Any) -> dict[str, float]:
+        found = self.evaluate(model)
+        settle(model)
+        return found
 
     def _keep_weights(self, model: Any, step: int) -> None:
         if self.keep is not None:
@@ -268,52 +281,6 @@ class GoBack(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(step)
         self.step = step
-
-
-class Guarded:
-    """Mixed into a trainer class: no step that went wrong is applied, no half-written resume state is trusted."""
-
-    watch: Watch
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step + 1 in self.watch.left_out:  # type: ignore[attr-defined]
-            return torch.zeros((), device=self.args.device)  # type: ignore[attr-defined]
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        self.watch.on_micro_batch(float(loss))
-        return loss
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
-        step = self.state.global_step + 1  # type: ignore[attr-defined]
-        if not self.watch.may_apply(step, gradient_norm=float(norm)):
-            # Without gradients the optimizer leaves weights, moments and its own step count alone.
-            model.zero_grad(set_to_none=True)
-            return torch.zeros_like(torch.as_tensor(norm))
-        return norm
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        fault_site("checkpoint-begin")
-        self.watch.wait_for_disk()
-        refuse_not_finite(self.model)  # type: ignore[attr-defined]
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
-        with written_or_explained(folder):
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        fault_site("checkpoint-written")
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)  # type: ignore[misc]
-        # Its pickle of the arguments is read by nobody: a resume state holds what loads with weights_only=True.
-        (Path(output_dir or ".") / "training_args.bin").unlink(missing_ok=True)
-        fault_site("checkpoint-half-written")
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Model cards are the release's business; TRL writes one with every checkpoint."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.watch.restore(Path(resume_from_checkpoint), self.model)  # type: ignore[attr-defined]
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        step = resume.step_of(Path(resume_from_checkpoint))
-        self.watch.after_resume(self.model, step)  # type: ignore[attr-defined]
 
 
 def prepare(context: StageContext) -> None:
@@ -339,13 +306,13 @@ def run(trainer: Any, watch: Watch, *, work: Path) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     cut_micro_batch(trainer, parts=watch.context.micro_batch_parts)
-    checkpoint = resume.newest_good(work, report=watch.context.note)
+    checkpoint = ranks.agreed(lambda: resume.newest_good(work, report=watch.context.note))
     if checkpoint is not None:
         watch.context.note(f"going on from {checkpoint.name.replace('-', ' ')}")
     with on_sigterm(watch.leave), memory_explained(trainer):
         _train(trainer, watch, checkpoint, work=work)
     watch.wait_for_disk()
-    if watch.leaving and trainer.state.global_step < watch.plan.steps and not watch.stopped:
+    if ranks.any_of(flag=watch.leaving) and trainer.state.global_step < watch.plan.steps and not watch.stopped:
         step = trainer.state.global_step
         raise Terminated(
             f"told to leave (SIGTERM) after step {step} of {watch.plan.steps}. Run again to go on from there."
@@ -367,7 +334,9 @@ def _train(trainer: Any, watch: Watch, checkpoint: Path | None, *, work: Path) -
             return
         except GoBack as wrong:
             watch.wait_for_disk()
-            checkpoint = resume.newest_good(work, report=watch.context.note, planned=watch.save_at)
+            checkpoint = ranks.agreed(
+                lambda: resume.newest_good(work, report=watch.context.note, planned=watch.save_at)
+            )
             reasons = "; ".join(
                 sorted({watch.quarantined[step] for step in range(wrong.step - IN_A_ROW + 1, wrong.step + 1)})
             )
@@ -396,4 +365,4 @@ def _write_quarantine(path: Path, watch: Watch) -> None:
 
 
 def _trainable(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()).cpu().clone() for name, p in model.named_parameters() if p.requires_grad}

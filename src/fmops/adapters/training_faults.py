@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from fmops.adapters import ranks
+from fmops.adapters.sharding import local
 from fmops.errors import OutOfMemory, StageFailed
 
 SPIKE = 10.0
@@ -45,10 +47,14 @@ def fault_of(loss: float, gradient_norm: float, *, applied: Sequence[float]) -> 
 
 
 def cut_micro_batch(trainer: Any, *, parts: int) -> None:
-    """Cut each micro-batch into `parts` equal ones, or as near as its size allows; the global batch stays."""
+    """Cut each micro-batch into `parts` equal ones, or as near as its size allows, and share them out to the processes.
+
+    The global batch stays: `deal` fills up with empty micro-batches what does not come out even.
+    """
     size = trainer.args.per_device_train_batch_size
     smaller = max(part for part in range(1, size + 1) if size % part == 0 and part <= max(1, size // parts))
-    trainer.args.gradient_accumulation_steps *= size // smaller
+    batches = trainer.args.gradient_accumulation_steps * size // smaller
+    trainer.args.gradient_accumulation_steps = -(-batches // ranks.world())
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = smaller
 
 
@@ -84,9 +90,11 @@ def on_sigterm(leave: Callable[[], None]) -> Iterator[None]:
 
 
 def refuse_not_finite(model: Any) -> None:
-    """No weights that are not finite reach a resume state or an artifact."""
-    for name, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
+    """No weights that are not finite reach a resume state or an artifact, on whichever rank they lie."""
+    named = list(model.named_parameters())
+    wrong = ranks.summed([float(not torch.isfinite(local(value)).all()) for _, value in named])
+    for (name, _), times in zip(named, wrong, strict=True):
+        if times:
             raise StageFailed(f"the weights {name} are not finite; they are not saved. Lower the learning rate.")
 
 

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from fmops.adapters import ranks
 from fmops.adapters.ceiling import halve_the_rate
 from fmops.adapters.document_attention import attend_by_document
+from fmops.adapters.guarded import Guarded
 from fmops.adapters.held_out import read_held_out
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import add_lora, choose_precision, load_model, load_tokenizer, save_adapter, save_model
 from fmops.adapters.packing import PlannedBlocks, collate, labels_of, micro_batch, plan_training, read_blocks
-from fmops.adapters.trainer import Guarded, Keep, Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.adapters.sharding import made_whole, shard
+from fmops.adapters.trainer import Keep, Schedule, Trained, Watch, arguments, evenly, prepare, run
 from fmops.artifacts import Corpus
 from fmops.errors import FmopsError
 from fmops.lifecycle import Pretrain
@@ -59,9 +62,10 @@ def train(
     attend_by_document(model, note=context.note)
     learn_without_logits(model, note=context.note)
     parameters = model.num_parameters()
-    micro = micro_batch(plan, sizes)
+    micro = micro_batch(plan, sizes, processes=ranks.world())
     if config.tuning == "lora":
         model = add_lora(model, rank=LORA_RANK)
+    model = shard(model, context.sharding)
     watch = Watch(
         plan=plan,
         context=context,
@@ -90,6 +94,7 @@ def train(
         data_collator=collate,
     )
     run(trainer, watch, work=work)
+    model = made_whole(model)
     if config.tuning == "lora":
         save_adapter(model, out / "adapter")
         model = model.merge_and_unload()

@@ -17,6 +17,7 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 
 from fmops.adapters.document_attention import attend_by_document
+from fmops.adapters.guarded import Guarded
 from fmops.adapters.model_files import (
     choose_precision,
     evaluating,
@@ -28,7 +29,7 @@ from fmops.adapters.model_files import (
 )
 from fmops.adapters.packing import Plan
 from fmops.adapters.shared_prefix import share_prefixes
-from fmops.adapters.trainer import Guarded, Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.adapters.trainer import Schedule, Trained, Watch, arguments, evenly, prepare, run
 from fmops.errors import FmopsError
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
@@ -116,7 +117,7 @@ class Scoring(Guarded):
 
     def _share_prefixes(self) -> None:
         if self._shares is None:
-            model: Any = self.model  # type: ignore[attr-defined]
+            model: Any = self.model
             bare = model.get_base_model() if hasattr(model, "get_base_model") else model
             self._shares = share_prefixes(bare, note=self.note)
 

@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from fmops.adapters.guarded import Guarded
 from fmops.adapters.model_files import evaluating
-from fmops.adapters.trainer import Guarded, Trained
+from fmops.adapters.trainer import Trained
 from fmops.adapters.trl_align import Setting, plan_examples, sample_held_out, set_up, train_between
 from fmops.lifecycle import Align
 from fmops.stage import StageContext

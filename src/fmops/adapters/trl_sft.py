@@ -17,12 +17,15 @@ from datasets import Dataset
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
+from fmops.adapters import ranks
 from fmops.adapters.document_attention import attend_by_document
+from fmops.adapters.guarded import Guarded
 from fmops.adapters.held_out import total_loss
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import add_lora, choose_precision, load_model, load_tokenizer, save_adapter, save_model
 from fmops.adapters.packing import Block, PlannedBlocks, collate, labels_of, micro_batch, pack, plan_training
-from fmops.adapters.trainer import Guarded, Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.adapters.sharding import made_whole, shard
+from fmops.adapters.trainer import Schedule, Trained, Watch, arguments, evenly, prepare, run
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.stage import StageContext
@@ -78,9 +81,10 @@ def train(
     attend_by_document(model, note=context.note)
     learn_without_logits(model, note=context.note)
     parameters = model.num_parameters()
-    micro = micro_batch(plan, sizes)
+    micro = micro_batch(plan, sizes, processes=ranks.world())
     if config.adapter == "lora":
         model = add_lora(model, rank=config.rank)
+    model = shard(model, context.sharding)
     watch = Watch(
         plan=plan,
         context=context,
@@ -114,6 +118,7 @@ def train(
         processing_class=load_tokenizer(source),
     )
     run(trainer, watch, work=work)
+    model = made_whole(model)
     if config.adapter == "lora":
         save_adapter(model, out / "adapter")
         model = model.merge_and_unload()

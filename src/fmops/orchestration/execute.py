@@ -22,6 +22,7 @@ from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_i
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
+from fmops.orchestration.ranks import run_in_ranks
 from fmops.stage import StageContext
 from fmops.store import Record, content_digest, discard_work, file_entries, utc_now
 
@@ -59,12 +60,13 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             seed=project.spec.seed,
             threads=project.threads,
             processes=project.spec.runtime.processes,
+            sharding=project.spec.runtime.sharding,
             precision=project.spec.runtime.precision,
             micro_batch_parts=int(os.environ.get(MICRO_BATCH_PARTS, "1")),
             stream=stream,
         )
         started, cpu = time.monotonic(), _cpu_seconds()
-        artifact = step.node.stage.load()(step.node.config, **inputs, out=out, context=context)
+        artifact = _run(step, inputs, out=out, context=context)
         cost = {
             "wall_s": round(time.monotonic() - started, 3),
             "cpu_s": round(_cpu_seconds() - cpu, 3),
@@ -102,6 +104,14 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
     stream.write(json.dumps({"event": "finished", "fingerprint": record.fingerprint, "cost": record.cost}) + "\n")
     stream.flush()
     return 0
+
+
+def _run(step: Step, inputs: dict[str, Any], *, out: Path, context: StageContext) -> Artifact:
+    """Call the stage function, here or in the processes that share it."""
+    stage, config = step.node.stage, step.node.config
+    if stage.in_ranks and context.processes > 1:
+        return run_in_ranks(stage.function, config, inputs=inputs, out=out, context=context)
+    return stage.load()(config, **inputs, out=out, context=context)
 
 
 def _artifacts(project: Project, step: Step) -> dict[str, Artifact]:
