@@ -30,6 +30,8 @@ from benchmarks.gateway import free_port
 from fmops.deployment.serving.routes import Routes, RoutesFile, RoutesMoved, Target
 
 TOKENS = 16
+AFTER_S = 1.0
+"""A move's window ends so long after its action: the supervisor acts on routes with a delay."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,26 @@ async def capacity(url: str, key: str, *, requests: int, at_once: int = 8) -> fl
         return requests / (time.perf_counter() - start)
 
 
-def summary(outcomes: list[Outcome], *, moved_at: list[float]) -> dict[str, Any]:
-    """Counts by kind of fault, releases, and latencies within a second of a move and otherwise."""
+def summary(outcomes: list[Outcome], *, windows: list[tuple[float, float]]) -> dict[str, Any]:
+    """Counts by kind of fault, releases, and latencies: of requests under way while routes moved, and of the others.
+
+    Args:
+        windows: begin and end of each move.
+    """
+
+    def moving(one: Outcome) -> bool:
+        return any(one.started < end + AFTER_S and one.started + one.seconds > begin for begin, end in windows)
+
     faults = [outcome.fault for outcome in outcomes if outcome.fault]
     kinds = ("failed", "truncated", "mixed", "broken")
-    near = [one.seconds for one in outcomes if any(-0.5 < one.started - at < 1.0 for at in moved_at)]
-    far = [one.seconds for one in outcomes if not any(-0.5 < one.started - at < 1.0 for at in moved_at)]
+    near, far = [one for one in outcomes if moving(one)], [one for one in outcomes if not moving(one)]
     return {
         "requests": len(outcomes),
         **{kind: sum(fault.startswith(kind) for fault in faults) for kind in kinds},
+        "in_mutation_window": {"requests": len(near), "faults": sum(one.fault is not None for one in near)},
         "by_release": {str(name): [o.release for o in outcomes].count(name) for name in {o.release for o in outcomes}},
-        "steady_s": _quantiles(far),
-        "while_moving_s": _quantiles(near),
+        "steady_s": _quantiles([one.seconds for one in far]),
+        "while_moving_s": _quantiles([one.seconds for one in near]),
         "examples": faults[:3],
         # Rule of three, exact: 1 − 0.05^(1/n).
         "failure_rate_below": round(1 - 0.05 ** (1 / len(outcomes)), 6) if not faults else None,
@@ -212,7 +222,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    moved_at: list[float] = []
+    windows: list[tuple[float, float]] = []
     # Ended from outside it still takes down what it has brought up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as scratch:
@@ -221,8 +231,9 @@ def main() -> None:
 
         def noted(action: Callable[[], None]) -> Callable[[], None]:
             def move() -> None:
-                moved_at.append(time.perf_counter())
+                begin = time.perf_counter()
                 action()
+                windows.append((begin, time.perf_counter()))
 
             return move
 
@@ -243,7 +254,7 @@ def main() -> None:
         finally:
             house.run("down")
     found = {"capacity_per_s": round(most, 1), "rate_per_s": round(most / 2, 1), "moves": len(moves),
-             **summary(outcomes, moved_at=moved_at)}  # fmt: skip
+             **summary(outcomes, windows=windows)}  # fmt: skip
     print(json.dumps(found, indent=1))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

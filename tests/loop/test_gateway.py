@@ -488,3 +488,23 @@ def test_a_disk_that_fails_costs_the_trace_not_the_answer(door, monkeypatch):
     monkeypatch.setattr("fmops.traces.os.write", full)
     assert door.client.post(CHAT, json=HELLO).status_code == 200
     until(lambda: "fmops_traces_lost_total 1.0" in httpx.get(f"{door.admin}/metrics").text)
+
+
+def test_trailers_without_an_end_are_cut_off_too(door):
+    with socket.create_connection(("127.0.0.1", int(door.url.rpartition(":")[2])), timeout=20) as line:
+        line.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+        )
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 50 * 2**20:
+                line.sendall(b"x-more: " + b"y" * 2**16 + b"\r\n")
+                sent += 2**16
+        assert sent < 50 * 2**20
+    assert door.client.get("/health").status_code == 200
+
+
+def test_a_long_prompt_is_no_long_head(door, champion):
+    before = len(champion.seen)
+    assert door.client.post(CHAT, json=asking("word " * 40_000, max_tokens=8)).status_code == 200
+    assert len(champion.seen) == before + 1

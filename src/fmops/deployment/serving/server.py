@@ -17,6 +17,7 @@ from typing import Protocol
 import uvicorn
 from starlette.types import ASGIApp
 
+from fmops.deployment.serving.http import BoundedHttp
 from fmops.errors import FmopsError
 from fmops.locks import locked
 from fmops.store import write_atomically
@@ -25,8 +26,6 @@ GRACE_S = 20.0
 """How long running answers may take after SIGTERM; Kubernetes kills after 30 s unless told otherwise."""
 SECRET = "gateway.secret"
 """In the workspace, readable by its owner only: engines want it, cache salts and digests of users are keyed by it."""
-HEAD_BYTES = 64 * 1024
-"""Longest head of a request. uvicorn's faster parser, httptools, has no such limit: anybody could fill the memory."""
 KEEP_ALIVE_S = 75
 """Longer than the gateway keeps an idle connection (60 s): it never writes into one that is being closed."""
 
@@ -77,22 +76,23 @@ def workspace_secret(workspace: Path) -> str:
 
 
 def configure(app: ASGIApp) -> uvicorn.Config:
-    """How uvicorn serves here: quiet, and with an end to what it reads of a head."""
+    """How uvicorn serves here: quiet, and with an end to what it reads of a head; nobody's word for his address."""
     return uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=5,
-        timeout_keep_alive=KEEP_ALIVE_S, http="h11", h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S, http=BoundedHttp, proxy_headers=False,
     )  # fmt: skip
 
 
 def run_server(
-    build: Callable[[], tuple[Drainable, ASGIApp]], listeners: Sequence[socket.socket], *, grace_s: float = GRACE_S
-) -> None:
-    """Serve what `build` makes on the event loop, until a signal, then drain. Prints the first address."""
+    build: Callable[[], tuple[Drainable, ASGIApp]], listeners: Sequence[socket.socket], *, grace_s: float = GRACE_S,
+    page: str = "/v1",
+) -> None:  # fmt: skip
+    """Serve what `build` makes on the event loop, until a signal, then drain. Prints the first address and its page."""
 
     async def run() -> None:
         service, app = build()
         config = configure(app)
-        await _Server(config, service, address(listeners[0]), grace_s).serve(sockets=list(listeners))
+        await _Server(config, service, address(listeners[0]) + page, grace_s).serve(sockets=list(listeners))
 
     asyncio.run(run())
 
@@ -110,7 +110,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
-            print(f"{self._service.version} listens on {self._url}/v1  (stop with Ctrl-C)", flush=True)
+            print(f"{self._service.version} listens on {self._url}  (stop with Ctrl-C)", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: end now. Neither is raised again: an orderly end exits with 0."""
