@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import training_run
-from training_inputs import a_checkpoint, some_preferences, some_prompts, some_rewards, some_votes
+from training_inputs import REWARDS, a_checkpoint, some_preferences, some_prompts, some_rewards, some_votes
 from training_run import digests, train
 
 from fmops.adapters.model_files import load_model
-from fmops.errors import StageFailed, Terminated
+from fmops.errors import FmopsError, StageFailed, Terminated
 from fmops.finetuning.align import READ, align
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
@@ -26,15 +26,15 @@ METHODS = ("dpo", "orpo", "kto", "grpo")
 ITEMS = {"dpo": "preference pairs", "orpo": "preference pairs", "kto": "votes", "grpo": "prompts"}
 
 
-def aligned(method: str, folder: Path, model: Path, *, stream=None, parts: int = 1, **options):
+def aligned(method: str, folder: Path, model: Path, *, parts: int = 1, rewards: str = REWARDS, **options):
     """Run the stage on small inputs of the method's form."""
-    context = StageContext(seed=5, stream=stream or io.StringIO(), micro_batch_parts=parts)
+    context = StageContext(seed=5, stream=io.StringIO(), micro_batch_parts=parts)
     inputs = {"dpo": some_preferences, "orpo": some_preferences, "kto": some_votes, "grpo": some_prompts}
     config = {"learning_rate": 2e-3, "batch_pairs": 4, "checkpoints": 2, **options}
     given = {}
     if method == "grpo":
-        config |= {"reward": "rewards.py:brief", "answers": 4, "answer_tokens": 12, "batch_pairs": 2}
-        given["rewards"] = some_rewards(folder)
+        config = {"reward": "rewards.py:brief", **config, "answers": 4, "answer_tokens": 12, "batch_pairs": 2}
+        given["rewards"] = some_rewards(folder, rewards)
     (folder / "out").mkdir(parents=True, exist_ok=True)
     return align(
         Align(method=method, **config),
@@ -145,3 +145,24 @@ def test_told_to_leave_it_goes_on_with_less_memory_and_the_same_batches(method, 
     losses = [[row.get("loss") for row in curve(tmp_path / name)] for name in ("whole", "cut")]
     assert losses[1][1:] == pytest.approx(losses[0][1:], abs=1e-5, rel=1e-4)
     assert done.trained_tokens == whole.trained_tokens
+
+
+def test_a_reward_that_is_no_number_ends_the_run_and_names_the_prompt(tiny_model, tmp_path):
+    with pytest.raises(
+        FmopsError, match=r"reward rewards.py:brief returned nan for prompt \w+; it must return a finite"
+    ):
+        aligned("grpo", tmp_path, tiny_model, rewards="def brief(answer):\n    return float('nan')\n")
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_rewards_are_added_by_their_weights(tiny_model, tmp_path):
+    both = "def brief(answer):\n    return 1\n\ndef good(answer, topic):\n    return 3\n"
+    reward = {"rewards.py:brief": 1.0, "rewards.py:good": 0.5}
+    done = aligned("grpo", tmp_path, tiny_model, rewards=both, reward=reward)
+    rows = [row for row in curve(tmp_path) if "reward" in row]
+    assert {row["reward"] for row in rows} == {2.5}
+    assert {row["reward/rewards.py:good"] for row in rows} == {3.0}
+    # Equal rewards teach nothing: no answer was better than the group.
+    assert done.metrics["reward_gain"] == 0
+    before, after = load_model(tiny_model).state_dict(), load_model(done.model).state_dict()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
