@@ -30,7 +30,7 @@ def asking(text: str, **more) -> dict:
 
 
 @contextmanager
-def gateway(workspace: Path, *engines, limits: Limits | None = None, **shares) -> Iterator[SimpleNamespace]:
+def gateway(workspace: Path, *engines, limits: Limits | None = None, spans=None, **shares) -> Iterator[SimpleNamespace]:
     """Yields url, admin (metrics), client (with a valid key), desk, loop, routes (file), keys, traces()."""
     keys, routes = KeyRing(workspace / "keys.json"), RoutesFile(workspace / "routes.json")
     targets = [Target(release=one.release, url=one.url) for one in engines]
@@ -44,7 +44,7 @@ def gateway(workspace: Path, *engines, limits: Limits | None = None, **shares) -
 
     async def main() -> None:
         box.loop = asyncio.get_running_loop()
-        box.desk = Desk(workspace, secret="engine-secret", limits=limits)
+        box.desk = Desk(workspace, secret="engine-secret", limits=limits, spans=spans)
         app = by_port(build_gateway(box.desk, name="tiny"), admin=build_admin(box.desk), port=public.getsockname()[1])
         box.server = uvicorn.Server(configure(app))
         serving = asyncio.ensure_future(box.server.serve(sockets=[public, admin]))

@@ -116,7 +116,8 @@ class Answering(Response):
         body = upstream_body(self._job, stream=stream, secret=self._desk.secret)
         request_id = exchange.id.partition("-")[2]
         path = PATHS[exchange.operation]
-        reply = await self._desk.engines.ask(target, path, body, request_id=request_id)
+        context = exchange.span.headers if exchange.span else {}
+        reply = await self._desk.engines.ask(target, path, body, headers={**context, "X-Request-Id": request_id})
         if reply.status >= 500:
             failed = await reply.body()
             sent = reply.status != 503
@@ -189,12 +190,16 @@ class Answering(Response):
         shadow_of: str | None = None,
     ) -> Exchange:  # fmt: skip
         job, desk = self._job, self._desk
-        since = desk.clock() - job.arrived
+        started_s = desk.wall_clock() - (desk.clock() - job.arrived)
+        span = None
+        if desk.spans:
+            asked = job.body.model_dump()
+            span = desk.spans.start(job.headers, operation=job.operation, started_s=started_s, asked=asked)
         return Exchange(
             id=f"{PREFIXES[job.operation]}-{request_id}", operation=job.operation, tenant=job.tenant, user=job.user,
             prompt=last_user_text(job.body), system=system_text(job.body), arm=arm,
             release=target.release if target else "none",
-            started_s=desk.wall_clock() - since, started=job.arrived, retry_of=retry_of, shadow_of=shadow_of,
+            started_s=started_s, started=job.arrived, retry_of=retry_of, shadow_of=shadow_of, span=span,
         )  # fmt: skip
 
     async def _break_off(self, send: Send) -> None:

@@ -159,7 +159,7 @@ class _Api:
         user = identity(desk.secret, key.tenant, value.get("user"))
         job = Job(
             operation=operation, body=body, tenant=key.tenant, user=user, arrived=arrived, prompt_guess=guess,
-            loan=loan,
+            loan=loan, headers=request.headers,
         )  # fmt: skip
         return Answering(desk, job, place)
 

@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fmops.deployment.monitoring.signals import measure
 from fmops.deployment.serving.bodies import ChatBody, CompletionBody, RequestError
@@ -23,6 +24,9 @@ from fmops.deployment.serving.gateway.tracing import Exchange, Measure, Operatio
 from fmops.deployment.serving.gateway.upstream import Upstream
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
+
+if TYPE_CHECKING:
+    from fmops.adapters.otel import Spans
 
 REMEMBERED_ANSWERS = 10_000
 """Whose answer it was is looked up in memory for so many; older ones are read from the traces."""
@@ -57,6 +61,8 @@ class Job:
     prompt_guess: int
     """Tokens, before the engine has counted."""
     loan: Loan
+    headers: Mapping[str, str]
+    """Of the request; the trace context is read from them."""
     used: int = 0
     """Tokens of all engines' answers that the client asked for."""
 
@@ -84,8 +90,9 @@ class Desk:
     def __init__(
         self, workspace: Path, *, secret: str, limits: Limits | None = None, per_user: bool = False,
         measure: Measure = measure, clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
+        wall_clock: Callable[[], float] = time.time, spans: Spans | None = None,
     ) -> None:  # fmt: skip
+        self.spans = spans
         self.limits, self.secret, self.per_user = limits or Limits(), secret, per_user
         self.clock, self.wall_clock, self._measure = clock, wall_clock, measure
         self.keys = KeyRing(workspace / KEYS)
@@ -154,6 +161,8 @@ class Desk:
         """Write the trace of an exchange and count it. A disk that fails costs the trace, not the answer."""
         trace = exchange.trace(now=self.clock(), measure=self._measure)
         self.metrics.answered(trace)
+        if exchange.span:
+            exchange.span.end(trace)
         if trace.shadow_of is None:
             self._owners[trace.id] = trace.tenant
             if len(self._owners) > REMEMBERED_ANSWERS:
@@ -184,5 +193,7 @@ class Desk:
             mirror.cancel()
         await asyncio.gather(*self.mirrors, return_exceptions=True)
         await self.engines.close()
+        if self.spans:
+            await asyncio.to_thread(self.spans.close)
         self.traces.close()
         self.feedback.close()

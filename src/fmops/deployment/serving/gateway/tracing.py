@@ -10,11 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fmops.deployment.serving.bodies import ChatBody, CompletionBody
 from fmops.redaction import redact
 from fmops.traces import Arm, Trace
+
+if TYPE_CHECKING:
+    from fmops.adapters.otel import OpenSpan
 
 KEPT_CHARACTERS = 4_000
 MARGIN = 2_000
@@ -50,6 +53,7 @@ class Exchange:
     first: float | None = None
     received: list[bytes] = field(default_factory=list)
     is_stream: bool = False
+    span: OpenSpan | None = None
 
     def trace(self, *, now: float, measure: Measure) -> Trace:
         """What is remembered of it; `now` is of the monotonic clock."""

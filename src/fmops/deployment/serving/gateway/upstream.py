@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -157,7 +157,7 @@ class Upstream:
         """The circuit of a target's engine."""
         return self._circuits.setdefault(f"{target.release} {target.url}", Circuit(self._clock))
 
-    async def ask(self, target: Target, path: str, body: bytes, *, request_id: str) -> Reply:
+    async def ask(self, target: Target, path: str, body: bytes, *, headers: Mapping[str, str]) -> Reply:
         """Send a request; returns when the engine's status is known.
 
         Raises:
@@ -167,7 +167,7 @@ class Upstream:
             raise EngineDown(f"{target.release} has no engine yet", sent=False, status=503, retry_after_s=1)
         circuit = self.circuit(target)
         circuit.enter()
-        headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+        headers = {**headers, "Content-Type": "application/json"}
         try:
             response = await self._session.post(target.url + path, data=body, headers=headers)
         except (aiohttp.ClientError, TimeoutError) as error:
