@@ -14,9 +14,11 @@ from fmops.artifacts import EvalReport
 from fmops.errors import FmopsError
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.judge import Pair, ask_judge, collect, read_labels, read_reply, to_label, weigh
-from fmops.evaluation.protocol import Protocol, pin, prompts_digest, write_json, write_lines
+from fmops.evaluation.protocol import Protocol, pin, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.suites import load_suite
-from fmops.orchestration.compare import told_preference
+from fmops.lifecycle import Judge
+from fmops.orchestration.compare import judge_answers, told_preference
+from fmops.orchestration.project import Project
 
 
 def pairs(count: int, *, equal: int = 0) -> list[Pair]:
@@ -57,6 +59,7 @@ def test_a_preference_counts_when_both_orders_say_it(name):
     assert (found.favours_first, found.unreadable) == (favours_first, unreadable)
     assert found.value == pytest.approx((won + tied / 2) / 24)
     assert found.lower <= found.value <= found.upper
+    assert ("no judge of these answers" in "\n".join(told_preference(found))) == (name == "rambles")
     if "always" in name:
         # 20 of 20 one way: 2 · 2⁻²⁰.
         assert found.order_p == pytest.approx(2 * 0.5**20)
@@ -100,6 +103,23 @@ def test_people_correct_a_judge_that_is_wrong(tmp_path):
     assert "people: 0.000" in told
     assert "from 40 labels and the judge's 80 others" in told
     assert "the judge alone proves nothing" in "\n".join(told_preference(weigh(asked, {}, {})))
+
+
+def test_what_people_have_filled_is_not_written_over(tmp_path, tiny_model):
+    (tmp_path / "lifecycle.yaml").write_text(f"base: {tiny_model}\nname: judged\n")
+    project = Project.open(tmp_path / "lifecycle.yaml")
+    asked = pairs(12)
+    path = project.store.root / "comparisons" / "a--b.to-label.jsonl"
+    with served_locally(Scripted(likes_long)) as url:
+        judge = Judge(endpoint=url, labels=str(path.relative_to(tmp_path)))
+        first = judge_answers(project, judge.model_copy(update={"labels": None}), asked, "a--b")
+        rows = [{**row, "preferred": "tie"} for row in read_lines(path)]
+        write_lines(path, rows[:10])
+        again = judge_answers(project, judge, asked, "a--b")
+    assert first.people is None
+    assert again.people is not None
+    assert again.people.labelled == 10
+    assert read_lines(path) == rows[:10]
 
 
 def test_both_orders_are_shown_to_people():

@@ -79,16 +79,16 @@ def compare(project: Project, a: str, b: str) -> Compared:
     judged = None
     if side_by_side and project.spec.evaluate and project.spec.evaluate.judge:
         pairs = collect(champion, challenger, _items(store, after), seed=project.spec.seed)
-        judged = _judged(project, project.spec.evaluate.judge, pairs, f"{before.key}--{after.key}")
+        judged = judge_answers(project, project.spec.evaluate.judge, pairs, f"{before.key}--{after.key}")
     return Compared(before, after, decision, side_by_side, judged, gates[-1] if gates else None)
 
 
-def _judged(project: Project, judge: Judge, pairs: list[Pair], name: str) -> Preference:
+def judge_answers(project: Project, judge: Judge, pairs: list[Pair], name: str) -> Preference:
     """Ask the spec's judge; leave the pairs for people to label, and use their labels where there are some."""
     from fmops.adapters.openai_endpoint import OpenAIEndpoint
 
     folder = project.store.root / "comparisons"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     endpoint = OpenAIEndpoint(judge.endpoint, model=judge.model)
 
     def ask(question: str) -> str:
@@ -97,7 +97,10 @@ def _judged(project: Project, judge: Judge, pairs: list[Pair], name: str) -> Pre
     journal = Journal(folder / "judge.jsonl")
     verdicts = ask_judge(pairs, ask, journal=journal, name=endpoint.model)
     journal.close()
-    write_lines(folder / f"{name}.to-label.jsonl", to_label(pairs))
+    asked = folder / f"{name}.to-label.jsonl"
+    if not asked.exists():
+        # People may be filling it.
+        write_lines(asked, to_label(pairs))
     labels = read_labels(project.graph.root / judge.labels, pairs) if judge.labels else {}
     return weigh(pairs, verdicts, labels)
 
@@ -197,6 +200,8 @@ def told_preference(judged: Preference) -> list[str]:
         f"  order: the first answer won {judged.favours_first} times whatever it was, the second "
         f"{judged.favours_second} times (p = {judged.order_p:.2g}); {judged.unreadable} replies named no choice",
     ]
+    if judged.unreadable > judged.n - judged.equal:
+        lines.append("  more than half of its replies named no choice: this model is no judge of these answers")
     people = judged.people
     if people is None:
         return [*lines, "  people: no labels; the judge alone proves nothing"]
