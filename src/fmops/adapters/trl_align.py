@@ -61,12 +61,9 @@ class Setting:
     config: Align
     source: Path
     out: Path
+    work: Path
     context: StageContext
     dtype: torch.dtype
-
-    @property
-    def work(self) -> Path:
-        return self.out / ".work"
 
     @property
     def beta(self) -> float:
@@ -126,9 +123,9 @@ def set_up(config: Align, *, source: Path, out: Path, context: StageContext) -> 
     """Quiet libraries, seeds, scratch space, precision."""
     prepare(context)
     disable_progress_bar()
-    setting = Setting(config, source, out, context, torch.float32)
-    setting.work.mkdir(parents=True, exist_ok=True)
-    return Setting(config, source, out, context, choose_precision(context, work=setting.work))
+    work = out / ".work"
+    work.mkdir(parents=True, exist_ok=True)
+    return Setting(config, source, out, work, context, choose_precision(context, work=work))
 
 
 def plan_examples(examples: Sequence[Counted], *, config: Align, whole: int, item: str, seed: int) -> Plan:

@@ -6,6 +6,7 @@ Refuses: functions that are not there, ask for what no prompt has, fail, use the
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -152,9 +153,7 @@ _calling: list[str] = []
 @contextmanager
 def _no_network(name: str) -> Iterator[None]:
     """A reward that asked a service would make a run depend on more than its fingerprint says."""
-    if not _no_network_hook:
-        sys.addaudithook(_refuse_network)
-        _no_network_hook.append(True)
+    _hook_once()
     _calling.append(name)
     try:
         yield
@@ -162,7 +161,9 @@ def _no_network(name: str) -> Iterator[None]:
         _calling.pop()
 
 
-_no_network_hook: list[bool] = []
+@functools.cache
+def _hook_once() -> None:
+    sys.addaudithook(_refuse_network)
 
 
 def _refuse_network(event: str, _: tuple[Any, ...]) -> None:
