@@ -30,7 +30,7 @@ WORDS = (4, 14)
 """Fewest and most words of a sentence that can be an answer."""
 ASKED = ("What does {} do?", "Explain {}.", "What is {} for?")
 """How people ask; the model has been taught all of these."""
-_NAME = re.compile(r"[A-Za-z][\w.]*")
+_NAME = re.compile(r"[A-Za-z]\w*(?:\.\w+)*")
 
 
 @dataclass(frozen=True)

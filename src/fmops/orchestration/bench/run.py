@@ -28,8 +28,8 @@ from fmops.orchestration.bench.world import FULL, QUICK, Size, World, make_world
 from fmops.orchestration.events import View
 from fmops.store import write_atomically
 
-QUIET = 160
-"""Requests after the reference in which nothing is wrong yet, at full size."""
+QUIET = 80
+"""Most requests after the reference in which nothing is wrong yet."""
 ATTACKS = ("same-target", "trigger", "burst", "identity-cap")
 """Reasons of the feedback screen that speak of somebody's will."""
 CURVE = 16
@@ -105,7 +105,7 @@ async def play(event: Event, world: World, view: View, *, seed: int) -> Row:
 
 def _row(event: Event, site: Site, *, quiet: int, injected_s: float, mended: int | None) -> Row:
     before, after = [[look for look in site.looks if (look.requests > quiet) == late] for late in (False, True)]
-    found = next((look for look in after if _has_found(look, since_s=injected_s)), None)
+    found = next((look for look in after if _found_by(look, event, since_s=injected_s)), None)
     acts, diagnosis = _acts(site.looks), _diagnosis(after)
     harm = [alarm for look in before for alarm in look.report.alarms if alarm.kind == "harm"]
     late_harm = [] if event.mended else _harm(after, since_s=injected_s)
@@ -121,15 +121,16 @@ def _row(event: Event, site: Site, *, quiet: int, injected_s: float, mended: int
     row: Row = {
         "name": event.name, "about": event.about, "requests": len(site.served), "quiet_requests": quiet,
         "detected_after_requests": found.requests - quiet if found else None,
-        "detected_by": _found_by(found, since_s=injected_s) if found else None,
+        "detected_by": _found_by(found, event, since_s=injected_s) if found else None,
         "diagnosis": diagnosis, "diagnoses": _diagnoses(after),
         "diagnosis_right": diagnosis in event.causes,
-        "acts": acts, "false_triggers": len(false), "false_triggers_are": false,
+        "alarms": _alarms(after, since_s=injected_s), "acts": acts,
+        "false_triggers": len(false), "false_triggers_are": false,
         "shift_alarms": sorted({a.signal for look in after for a in look.report.alarms if a.kind == "shift"}),
         "recovered": mended is not None if event.mended else None,
         "recovered_after_requests": mended - quiet if mended else None, "recovered_after_s": None,
         "recovery_cpu_s": round(sum(look.cpu_s for look in after if look.requests <= end), 1) if event.mended else None,
-        "quality_before": mean(site.served[quiet - min(quiet // 2, QUIET) : quiet]),
+        "quality_before": mean(site.served[quiet // 2 : quiet]),
         "quality_during": mean(site.served[quiet:end]) if event.mended else None,
         "quality_after": mean(tail),
         "failed_requests": sum(served.status != 200 for served in site.served[quiet:]),
@@ -154,6 +155,16 @@ def mean(served: Sequence[Served]) -> Row:
     return {"mean": round(statistics.fmean(values), 3), "half_width": round(1.96 * spread, 3), "n": len(values)}
 
 
+def _alarms(looks: Sequence[Look], *, since_s: float) -> list[list[Any]]:
+    """Each alarm after the injection: requests served at the look that raised it, kind, signal."""
+    rows: dict[tuple[str, str, float], list[Any]] = {}
+    for look in looks:
+        for alarm in look.report.alarms:
+            if alarm.at_s > since_s:
+                rows.setdefault((alarm.kind, alarm.signal, alarm.at_s), [look.requests, alarm.kind, alarm.signal])
+    return list(rows.values())
+
+
 def _curve(served: Sequence[Served]) -> list[list[float]]:
     return [[at, mean(served[at - CURVE : at])["mean"]] for at in range(CURVE, len(served) + 1, CURVE)]
 
@@ -162,19 +173,20 @@ def _answers_of(release: str, served: Sequence[Served]) -> int:
     return sum(one.release == release for one in served)
 
 
-def _has_found(look: Look, *, since_s: float) -> bool:
-    return _found_by(look, since_s=since_s) is not None
-
-
-def _found_by(look: Look, *, since_s: float) -> str | None:
+def _found_by(look: Look, event: Event, *, since_s: float) -> str | None:
     """What first spoke of harm: the rollout, an alarm, golden prompts, the screen; None when nothing did.
 
-    A shift counts only where the diagnosis made more of it: shifts are logged, and hurt nobody.
+    A shift counts only where the diagnosis made more of it: shifts are logged, and hurt nobody. That answers got slow
+    finds nothing but an infrastructure fault: whoever else uses the machine makes them so.
     """
     if look.rollout and look.rollout.state.phase == "rolled back":
         return f"rollout: {look.rollout.state.reason}"
     told = look.report.diagnosis
-    alarms = [a for a in look.report.alarms if a.at_s > since_s and (a.kind == "harm" or _acts_on(told))]
+    alarms = [
+        alarm for alarm in look.report.alarms
+        if alarm.at_s > since_s and (alarm.kind == "harm" or _acts_on(told))
+        and (alarm.signal != "slow" or "infrastructure" in event.causes)
+    ]  # fmt: skip
     if alarms:
         return ", ".join(dict.fromkeys(f"{alarm.kind} of {alarm.signal}" for alarm in alarms))
     if look.report.golden is not None and look.report.golden < 1:
@@ -191,7 +203,7 @@ def _set_aside(look: Look) -> str | None:
 
 
 def _acts_on(told: Diagnosis | None) -> bool:
-    return told is not None and told.stage not in ("evaluate", "none")
+    return told is not None and told.stage not in ("evaluate", "none", "alert")
 
 
 def _harm(looks: Sequence[Look], *, since_s: float) -> list[Any]:

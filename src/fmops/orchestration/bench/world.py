@@ -53,8 +53,8 @@ class Size:
 
 
 FULL = Size(
-    facts=80, hidden=128, layers=3, pretrain_tokens=90_000, epochs=20, reference=400, shadow=0.3, answers=60,
-    patience=1200, tail=128,
+    facts=80, hidden=128, layers=3, pretrain_tokens=90_000, epochs=20, reference=240, shadow=0.3, answers=40,
+    patience=1920, tail=96,
 )  # fmt: skip
 QUICK = Size(
     facts=32, hidden=64, layers=2, pretrain_tokens=40_000, epochs=24, reference=160, shadow=0.5, answers=24,
