@@ -27,6 +27,11 @@ def impossible(spec: Lifecycle) -> list[str]:
             f"pretrain.warmup {spec.pretrain.warmup} and decay {spec.pretrain.decay} exceed the whole run. "
             "Their sum may be at most 1"
         )
+    if spec.pretrain and spec.pretrain.metric == "old_bits_per_byte" and not replay:
+        problems.append("pretrain.metric old_bits_per_byte needs a corpus with role replay. Add one, or drop it")
+    for name, training in (("pretrain", spec.pretrain), ("instruct", spec.instruct)):
+        if training and training.patience and training.keep != "best":
+            problems.append(f"{name}.patience waits for better weights: add `keep: best`, or drop it")
     if spec.instruct and not spec.data.conversations:
         problems.append("instruct needs data.conversations. Name a source, or leave instruct out")
     if spec.align and not spec.data.preferences:

@@ -104,6 +104,13 @@ class Pretrain(Frozen):
         "stop", description="`adjust` goes back below the ceiling and on at half the rate, three times at most."
     )
     evaluations: int = Field(4, ge=1, description="How often the held-out losses are measured, the end included.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="`best` keeps the weights of the measurement that is lowest in `metric`."
+    )
+    metric: Literal["new_bits_per_byte", "old_bits_per_byte"] = "new_bits_per_byte"
+    patience: int | None = Field(
+        None, ge=1, description="With keep best: measurements in a row without a better one that end training."
+    )
     checkpoints: int = Field(4, ge=1, description="How often a resume state is written, spread evenly.")
 
 
@@ -119,6 +126,13 @@ class Instruct(Frozen):
     max_tokens: int | None = Field(None, ge=1, description="Stop after so many tokens, whatever the epochs say.")
     batch_tokens: int = Field(2048, ge=64, description="Tokens an optimizer step sees.")
     block_tokens: int = Field(1024, ge=64, description="Longest packed sequence; longer dialogues are refused.")
+    evaluations: int = Field(1, ge=1, description="How often the held-out loss is measured, the end included.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="`best` keeps the weights of the measurement that is lowest in held-out loss."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="With keep best: measurements in a row without a better one that end training."
+    )
     checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
 
 

@@ -151,3 +151,58 @@ def test_reports_are_json_lines_and_nothing_else_reaches_standard_output(base, c
     assert capfd.readouterr().out == ""
     events = [json.loads(line) for line in context.stream.getvalue().splitlines()]
     assert {event["event"] for event in events} >= {"metrics", "progress"}
+
+
+def measured(monkeypatch, values: list[float]) -> None:
+    """Held-out losses are these, one measurement after the other."""
+    from fmops.adapters import transformers_pretrain
+
+    given = iter(values)
+    monkeypatch.setattr(
+        transformers_pretrain, "_held_out_losses", lambda *_, **__: lambda model: {"new_bits_per_byte": next(given)}
+    )
+
+
+def weights_after(tokens: int, base, corpus, out: Path, context) -> dict[str, torch.Tensor]:
+    """Of a run that read the first `tokens` tokens of a longer one at a constant rate."""
+    config = Pretrain(tokens=tokens, batch_tokens=128, warmup=1e-6, decay=1e-6)
+    return load_model(pretrain(config, checkpoint=base, corpus=corpus, out=out, context=context).model).state_dict()
+
+
+def test_the_best_weights_are_kept_and_training_stops_when_it_got_no_better(
+    base, corpus, tmp_path, context, monkeypatch
+):
+    wanted = weights_after(256, base, corpus, tmp_path / "two", context)
+    measured(monkeypatch, [3.0, 2.9, 2.5, 2.6, 2.5, 2.0])
+    config = Pretrain(tokens=1024, batch_tokens=128, warmup=1e-6, decay=1e-6, evaluations=8, keep="best", patience=2)
+    trained = pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert curve(tmp_path / "out")[-1]["step"] == 4
+    assert trained.metrics["new_bits_per_byte_after"] == 2.5
+    assert trained.trained_tokens < 256
+    assert "stopped at step 4, it got no better: the weights of step 2 are kept" in context.stream.getvalue()
+    found = load_model(trained.model).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_the_best_weights_come_back_after_a_kill(base, corpus, tmp_path, context, monkeypatch):
+    config = Pretrain(tokens=1024, batch_tokens=128, evaluations=8, checkpoints=8, keep="best")
+    measured(monkeypatch, [3.0, 2.9, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 3.1])
+    pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "whole", context=context)
+    measured(monkeypatch, [3.0, 2.9, 2.5, 2.6, 2.7])
+    with pytest.raises(StopIteration):
+        pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    measured(monkeypatch, [2.8, 2.9, 3.0, 3.1])
+    pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path / "out", context=context)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_the_best_is_not_asked_for_where_nothing_is_held_out(base, corpus, tmp_path, context):
+    config = Pretrain(tokens=300, batch_tokens=256, keep="best", metric="old_bits_per_byte")
+    with pytest.raises(FmopsError, match=r"best by old_bits_per_byte.*no document of that domain"):
+        pretrain(
+            config,
+            checkpoint=base,
+            corpus=corpus.model_copy(update={"held_out_old": 0}),
+            out=tmp_path / "out",
+            context=context,
+        )

@@ -130,6 +130,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     keep: Keep | None = None
     """Judges each measured step; the run stops at the first that may not be kept, unless `go_on` finds a way."""
     go_on: Callable[..., bool] = lambda *_, **__: False
+    best: str | None = None
+    """The measurement by which the best weights are kept, the lowest; None keeps the newest."""
+    patience: int | None = None
+    """Measurements in a row that are no better, after which the run stops."""
     curve: list[dict[str, float]] = field(default_factory=list)
     kept_step: int | None = None
     stopped: bool = False
@@ -188,8 +192,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             row |= self._measure(model)
             if self.keep is not None and not self.keep(self.curve[0], row):
                 self.stopped = control.should_training_stop = not self.go_on(self, model, row, **given)
-            else:
+            elif self._since_best(row) == 0:
                 self._keep_weights(model, step)
+            elif self.patience is not None and self._since_best(row) >= self.patience:
+                self.stopped = control.should_training_stop = True
         self.curve.append(row)
         speed = (tokens - self._started[1]) / max(1e-9, self.context.clock() - self._started[0])
         self.context.metrics(step, **{key: value for key, value in row.items() if key != "step"})
@@ -202,6 +208,15 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         # What follows a step that went wrong may be wrong itself: such weights are nothing to go back to.
         control.should_save = (step in self.save_at or leave) and not self.stopped and not self._went_wrong()
         control.should_training_stop = control.should_training_stop or leave
+
+    def _since_best(self, row: dict[str, float]) -> int:
+        """How many measurements, `row` the last, were no better than the kept weights'; 0: `row` is to be kept."""
+        name = self.best
+        if name is None:
+            return 0
+        kept = next(earlier[name] for earlier in self.curve if earlier["step"] == self.kept_step)
+        since = [earlier for earlier in self.curve if name in earlier and earlier["step"] > (self.kept_step or 0)]
+        return 0 if row[name] < kept else len(since) + 1
 
     def _went_wrong(self) -> int:
         """Newest steps that went wrong one after the other."""
@@ -238,7 +253,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.quarantined = {int(step): why for step, why in state["quarantined"].items()}
         self.left_out |= frozenset(state["left_out"])
         self._losses.clear()
-        if self.keep is None:
+        if not self._keeps:
             return
         if (checkpoint / KEPT_WEIGHTS).is_file():
             self._kept = load_file(checkpoint / KEPT_WEIGHTS)
@@ -247,7 +262,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def after_resume(self, model: Any, step: int) -> None:
         """Called with the resumed weights, which may be the kept ones."""
-        if self.keep is not None and self.kept_step == step:
+        if self._keeps and self.kept_step == step:
             self._kept = _trainable(model)
 
     def put_back(self, model: Any) -> None:
@@ -262,13 +277,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Of this attempt, held-out measurements and resume states included."""
         return (self._tokens(step) - self._started[1]) / max(1e-9, self.context.clock() - self._started[0])
 
+    @property
+    def _keeps(self) -> bool:
+        return self.keep is not None or self.best is not None
+
     def _measure(self, model: Any) -> dict[str, float]:
         found = self.evaluate(model)
         settle(model)
         return found
 
     def _keep_weights(self, model: Any, step: int) -> None:
-        if self.keep is not None:
+        if self._keeps:
             self._kept, self.kept_step = _trainable(model), step
 
     def _tokens(self, step: int) -> int:
@@ -318,7 +337,7 @@ def run(trainer: Any, watch: Watch, *, work: Path) -> None:
             f"told to leave (SIGTERM) after step {step} of {watch.plan.steps}. Run again to go on from there."
         )
     watch.context.cost["tokens_per_s"] = watch.tokens_per_s(trainer.state.global_step)
-    if watch.stopped:
+    if watch.kept_step not in (None, trainer.state.global_step):
         watch.put_back(trainer.model)
     refuse_not_finite(trainer.model)
     _write_quarantine(work.parent / QUARANTINE, watch)

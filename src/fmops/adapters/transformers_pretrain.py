@@ -73,6 +73,8 @@ def train(
         evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         keep=keep,
+        best=config.metric if config.keep == "best" else None,
+        patience=config.patience,
     )
     if config.on_ceiling == "adjust":
         watch.go_on = halve_the_rate
@@ -99,7 +101,7 @@ def train(
         save_adapter(model, out / "adapter")
         model = model.merge_and_unload()
     save_model(model, out / "model", source=source)
-    last = watch.kept_step if watch.stopped and watch.kept_step is not None else plan.steps
+    last = plan.steps if watch.kept_step is None else watch.kept_step
     read = min(last * plan.blocks_per_step, len(planned))
     return Trained(
         parameters=parameters,

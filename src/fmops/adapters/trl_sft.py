@@ -89,8 +89,10 @@ def train(
         plan=plan,
         context=context,
         evaluate=_held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype),
-        evaluate_at=frozenset({plan.steps}),
+        evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
+        best="held_out_loss" if config.keep == "best" else None,
+        patience=config.patience,
     )
     planned = PlannedBlocks(blocks, plan)
     trainer = SftTrainer(
@@ -123,9 +125,11 @@ def train(
         save_adapter(model, out / "adapter")
         model = model.merge_and_unload()
     save_model(model, out / "model", source=source)
+    last = plan.steps if watch.kept_step is None else watch.kept_step
+    read = min(last * plan.blocks_per_step, len(planned))
     return Trained(
         parameters=parameters,
-        trained_tokens=sum(int((labels_of(planned[index]) >= 0).sum()) for index in range(len(planned))),
+        trained_tokens=sum(int((labels_of(planned[index]) >= 0).sum()) for index in range(read)),
         curve=watch.curve,
         stopped=watch.stopped,
         kept_step=watch.kept_step,

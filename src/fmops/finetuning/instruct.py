@@ -37,14 +37,25 @@ def instruct(
             f"none of the {conversations.conversations} conversations can be learnt from. See the notes above, "
             "and name another source."
         )
+    if config.keep == "best" and not held_out:
+        raise FmopsError(
+            f"instruct.keep is best, but none of the {conversations.held_out} held-out conversations can be measured. "
+            "Raise conversations in number, or set keep to last."
+        )
     result = train(config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
-    losses = [row["loss"] for row in result.curve if "loss" in row]
-    metrics = {"first_loss": losses[0], "last_loss": losses[-1]}
+    kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
+    if kept is not result.curve[-1]:
+        context.note(
+            f"the weights of step {kept['step']:g} of {result.curve[-1]['step']:g} are kept, the best by held-out loss "
+            f"({kept['held_out_loss']:.4f})"
+        )
+    losses = [row["loss"] for row in result.curve if "loss" in row and row["step"] <= kept["step"]]
+    metrics = {"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
     if held_out:
         metrics |= {
             "held_out_loss_before": result.curve[0]["held_out_loss"],
-            "held_out_loss_after": result.curve[-1]["held_out_loss"],
+            "held_out_loss_after": kept["held_out_loss"],
         }
     return Checkpoint(
         path=out,

@@ -39,6 +39,13 @@ def pretrain(
             f"pretrain.old_domain_ceiling is {ceiling:g}, but the corpus holds out no document of an old domain. "
             "Add documents to a corpus with role replay, or drop the ceiling."
         )
+    if config.keep == "best" and not (
+        corpus.held_out_new if config.metric == "new_bits_per_byte" else corpus.held_out_old
+    ):
+        raise FmopsError(
+            f"pretrain.keep is best by {config.metric}, but the corpus holds out no document of that domain. "
+            "Add documents, or set keep to last."
+        )
     result = train(
         config,
         source=checkpoint.model,
@@ -47,10 +54,13 @@ def pretrain(
         keep=None if ceiling is None else lambda start, row: within_ceiling(start, row, ceiling=ceiling),
         context=context,
     )
-    last = result.curve[-1]
-    if result.stopped:
-        last = next(row for row in result.curve if row["step"] == result.kept_step)
-        context.note(_stopped_note(result.curve[0], result.curve[-1], kept=last, ceiling=ceiling or 0.0))
+    last = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
+    start, end = result.curve[0], result.curve[-1]
+    at_ceiling = result.stopped and ceiling is not None and not within_ceiling(start, end, ceiling=ceiling)
+    if at_ceiling:
+        context.note(_stopped_note(start, end, kept=last, ceiling=ceiling or 0.0))
+    elif last is not end:
+        context.note(best_note(result.curve, kept=last, metric=config.metric, stopped=result.stopped))
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     return Checkpoint(
         path=out,
@@ -59,7 +69,7 @@ def pretrain(
         trained_tokens=result.trained_tokens,
         metrics={
             **summary(result.curve, last=last),
-            **({} if ceiling is None else {"stopped_at_ceiling": float(result.stopped)}),
+            **({} if ceiling is None else {"stopped_at_ceiling": float(at_ceiling)}),
             **(
                 {"rate_halved": sum(row.get("rate_halved", 0.0) for row in result.curve)}
                 if config.on_ceiling == "adjust"
@@ -83,6 +93,15 @@ def summary(curve: Sequence[Row], *, last: Row) -> dict[str, float]:
         if name in curve[0] and name in last:
             found |= {f"{name}_before": curve[0][name], f"{name}_after": last[name]}
     return found
+
+
+def best_note(curve: Sequence[Row], *, kept: Row, metric: str, stopped: bool) -> str:
+    """That earlier weights than the last are kept, and why training ended."""
+    early = f"stopped at step {curve[-1]['step']:g}, it got no better: " if stopped else ""
+    return (
+        f"{early}the weights of step {kept['step']:g} are kept, the best by {metric} ({kept[metric]:.4f}; "
+        f"{curve[-1][metric]:.4f} at the end)"
+    )
 
 
 def _stopped_note(start: Row, stop: Row, *, kept: Row, ceiling: float) -> str:

@@ -1,0 +1,88 @@
+"""Small trainings that one process or several can run; also one torchrun job that runs many, so that imports cost once.
+
+Enters: jobs as `fmops.orchestration.ranks` writes them. Leaves: their artifacts.
+Refuses: nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from training_inputs import a_checkpoint, a_corpus, some_conversations
+
+from fmops.artifacts import Checkpoint
+from fmops.errors import StageFailed
+from fmops.lifecycle import Instruct, Pretrain
+from fmops.orchestration.ranks import failure_reported, run_in_ranks, run_rank, write_job
+from fmops.stage import STAGES, StageContext
+
+# Three blocks a step: two processes cannot share them evenly. A generous ceiling: kept weights must come back, too.
+CASES = {
+    "pretrain": Pretrain(tokens=2300, batch_tokens=384, learning_rate=1e-3, checkpoints=3, old_domain_ceiling=9.0),
+    "pretrain-lora": Pretrain(tokens=1500, batch_tokens=384, learning_rate=1e-3, checkpoints=3, tuning="lora"),
+    "instruct": Instruct(batch_tokens=450, block_tokens=150, learning_rate=1e-3, checkpoints=3),
+}
+
+
+def given(case: str, inputs: Path) -> dict[str, Any]:
+    """Function, config and input artifacts of a case; `inputs` has a folder `model`."""
+    model = inputs / "model"
+    artifacts: dict[str, Any] = {"checkpoint": a_checkpoint(inputs / "base", model)}
+    if case == "instruct":
+        artifacts["conversations"] = some_conversations(inputs / "talk")
+    else:
+        artifacts["corpus"] = a_corpus(inputs / "corpus", model)
+    return {"function": STAGES[case.partition("-")[0]].function, "config": CASES[case], "inputs": artifacts}
+
+
+def a_context(sharding: str = "auto", *, processes: int = 2) -> StageContext:
+    return StageContext(seed=7, stream=io.StringIO(), processes=processes, sharding=sharding, precision="float32")
+
+
+def alone(case: str, inputs: Path, out: Path) -> Checkpoint:
+    """In this process."""
+    wanted = given(case, inputs)
+    function = STAGES[case.partition("-")[0]].load()
+    out.mkdir(parents=True, exist_ok=True)
+    made = function(wanted["config"], **wanted["inputs"], out=out, context=a_context(processes=1))
+    assert isinstance(made, Checkpoint)
+    return made
+
+
+def together(case: str, inputs: Path, out: Path, context: StageContext) -> Checkpoint:
+    """In several, as the stage process runs it."""
+    made = run_in_ranks(**given(case, inputs), out=out, context=context)
+    assert isinstance(made, Checkpoint)
+    return made
+
+
+def many_together(jobs: list[tuple[str, str, Path]], inputs: Path) -> str:
+    """(case, sharding, out) one after the other, in the two ranks of one torchrun job; returns what they report."""
+    written = [write_job(**given(case, inputs), out=out, context=a_context(sharding)) for case, sharding, out in jobs]
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__,
+         *map(str, written)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "FMOPS_PARENT_PID": ""},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-500:] + ended.stderr[-3000:]
+    return ended.stdout
+
+
+def refuse(config: Pretrain, *, out: Path, context: StageContext) -> Checkpoint:
+    """A stage function that finds something wrong."""
+    raise StageFailed("no token to learn")
+
+
+if __name__ == "__main__":
+    from fmops.adapters import ranks
+
+    with ranks.joined():
+        for job in map(Path, sys.argv[1:]):
+            with failure_reported(sys.stdout):
+                run_rank(job, rank=ranks.rank(), reports=sys.stdout)
