@@ -50,7 +50,8 @@ class Shared:
         self._cache = cache
 
     @cached_property
-    def _bucket(self) -> Bucket:
+    def bucket(self) -> Bucket:
+        """The objects behind it."""
         from fmops.adapters.s3 import Bucket
 
         return Bucket(self.address)
@@ -61,12 +62,12 @@ class Shared:
 
     def find(self, key: str) -> Record | None:
         """The committed record, or None."""
-        found = self._bucket.read(_name(key))
+        found = self.bucket.read(_name(key))
         return self._record(_name(key), found[0]) if found and found[0] else None
 
     def records(self) -> list[Record]:
         """Every committed record, in the order in which the bucket's own clock saw them."""
-        listed = [each for each in self._bucket.list("records/") if each.bytes]
+        listed = [each for each in self.bucket.list("records/") if each.bytes]
         with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
             found = zip(listed, pool.map(self._listed, listed), strict=True)
             known = [(each.modified, record.created, record.key, record) for each, record in found if record]
@@ -74,7 +75,7 @@ class Shared:
 
     def publish(self, record: Record, folder: Path, *, memory: Path) -> Record:
         """Bring an artifact there, its record last; returns the record that stands, which may be another writer's."""
-        bucket = self._bucket
+        bucket = self.bucket
 
         def send(name: str) -> None:
             bucket.upload(folder / name, f"{_folder(record)}/{name}", sha256=record.files[name].sha256, memory=memory)
@@ -103,12 +104,12 @@ class Shared:
         """
 
         def bring(name: str) -> None:
-            path, entry = folder / _inside(name), record.files[name]
+            path, entry = folder / inside(name), record.files[name]
             if not path.is_symlink() and path.is_file() and sha256(path) == entry.sha256:
                 return
             if path.is_symlink():
                 path.unlink()
-            there = self._bucket.download(f"{_folder(record)}/{name}", path)
+            there = self.bucket.download(f"{_folder(record)}/{name}", path)
             found = sha256(path) if there else None
             if found != entry.sha256:
                 path.unlink(missing_ok=True)
@@ -126,7 +127,7 @@ class Shared:
 
     def fault(self, record: Record) -> str | None:
         """None if every file is there with its size, else the first that is not. Bytes are compared by `fetch`."""
-        listed = {each.name: each.bytes for each in self._bucket.list(f"{_folder(record)}/")}
+        listed = {each.name: each.bytes for each in self.bucket.list(f"{_folder(record)}/")}
         for name, entry in record.files.items():
             size = listed.get(f"{_folder(record)}/{name}")
             if size is None:
@@ -141,13 +142,13 @@ class Shared:
 
         target = f"quarantine/{record.key}-{time.time_ns()}"
         for name in record.files:
-            self._bucket.copy(f"{_folder(record)}/{name}", f"{target}/{name}")
-        found = self._bucket.read(_name(record.key))
+            self.bucket.copy(f"{_folder(record)}/{name}", f"{target}/{name}")
+        found = self.bucket.read(_name(record.key))
         if found and found[0] and self._record(_name(record.key), found[0]).digest == record.digest:
-            self._bucket.replace(f"{target}/{RECORD}", found[0])
+            self.bucket.replace(f"{target}/{RECORD}", found[0])
             # Moved: another machine found the same and was quicker; what it has made since stands.
             with suppress(Moved):
-                self._bucket.write(_name(record.key), b"", seen=found[1])
+                self.bucket.write(_name(record.key), b"", seen=found[1])
         return f"{self.address}/{target}"
 
     def aliases(self) -> dict[str, str]:
@@ -175,25 +176,25 @@ class Shared:
             ]
             lines = "".join(move.model_dump_json() + "\n" for move in made).encode()
             try:
-                self._bucket.write(ALIASES, log + lines, seen=version)
+                self.bucket.write(ALIASES, log + lines, seen=version)
             except Moved:
                 continue
             return
 
     def keep(self, name: str, path: Path) -> None:
         """Put a small file beside the artifacts (a signature); a newer one takes its place."""
-        self._bucket.replace(name, path.read_bytes())
+        self.bucket.replace(name, path.read_bytes())
 
     def bring(self, name: str, path: Path) -> None:
         """Fetch a small file that was kept, if there is one."""
-        found = self._bucket.read(name)
+        found = self.bucket.read(name)
         if found:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(found[0])
 
     def _moves(self) -> tuple[dict[str, AliasMove], bytes, str | None]:
         """The last move of each alias, the log as it is, and its version."""
-        found = self._bucket.read(ALIASES)
+        found = self.bucket.read(ALIASES)
         log, version = found if found else (b"", None)
         moves = [AliasMove.model_validate_json(line) for line in log.splitlines()]
         return {move.alias: move for move in moves}, log, version
@@ -204,7 +205,7 @@ class Shared:
         kept = self._cache / f"{stem}.{listed.version.strip(chr(34))}.json"
         if kept.is_file():
             return self._record(listed.name, kept.read_bytes())
-        found = self._bucket.read(listed.name)
+        found = self.bucket.read(listed.name)
         if found is None or not found[0]:
             return None
         record = self._record(listed.name, found[0])
@@ -233,7 +234,7 @@ def _folder(record: Record) -> str:
     return f"artifacts/{record.key}/{record.digest[:16]}"
 
 
-def _inside(name: str) -> str:
+def inside(name: str) -> str:
     """The name, if it stays inside a folder: a record may have been written by anybody."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise IntegrityError(f"a record names a file {name!r}, which points outside its folder.")

@@ -244,8 +244,12 @@ class Bucket:
         checksum: str = found.get("ChecksumSHA256", "")
         return checksum.partition("-")[0]
 
+    def outside(self, name: str) -> str:
+        """A name from the bucket's root on; `{prefix}` in it is ours. The bucket's own rules go by such names."""
+        return "/" + name.replace("{prefix}", self._prefix)
+
     def _at(self, name: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + name}
+        return {"Bucket": self._bucket, "Key": name[1:] if name.startswith("/") else self._prefix + name}
 
     @contextmanager
     def _said(self, doing: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,9 +25,10 @@ from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.ranks import run_in_ranks
 from fmops.stage import StageContext
-from fmops.store import Record, content_digest, discard_work, file_entries, utc_now
+from fmops.store import WORK, Record, content_digest, discard_work, file_entries, utc_now
 
 PARENT = "FMOPS_PARENT_PID"
+TRAINING = ("pretrain", "instruct", "align")
 MICRO_BATCH_PARTS = "FMOPS_MICRO_BATCH_PARTS"
 """Set by the launcher after the memory ran out."""
 
@@ -66,7 +68,8 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             stream=stream,
         )
         started, cpu = time.monotonic(), _cpu_seconds()
-        artifact = _run(step, inputs, out=out, context=context)
+        with _states_kept(project, out, context):
+            artifact = _run(step, inputs, out=out, context=context)
         cost = {
             "wall_s": round(time.monotonic() - started, 3),
             "cpu_s": round(_cpu_seconds() - cpu, 3),
@@ -112,6 +115,15 @@ def _run(step: Step, inputs: dict[str, Any], *, out: Path, context: StageContext
     if stage.in_ranks and context.processes > 1:
         return run_in_ranks(stage.function, config, inputs=inputs, out=out, context=context)
     return stage.load()(config, **inputs, out=out, context=context)
+
+
+def _states_kept(project: Project, out: Path, context: StageContext) -> AbstractContextManager[None]:
+    """With a bucket, training leaves its resume states there: another machine may have to go on."""
+    if project.store.shared is None or out.name.partition("-")[0] not in TRAINING:
+        return nullcontext()
+    from fmops.states import mirrored
+
+    return mirrored(project.store.shared, out.name, out / WORK, report=context.note)
 
 
 def _artifacts(project: Project, step: Step) -> dict[str, Artifact]:
