@@ -10,6 +10,7 @@ import pytest
 
 from fmops.evaluation.compare import Comparison, Moved, Slice, TaskDifference
 from fmops.evaluation.gate import Decision
+from fmops.evaluation.judge import Pair, weigh
 from fmops.orchestration.compare import Compared
 from fmops.orchestration.comparison_page import write_page
 from fmops.store import Record
@@ -42,6 +43,7 @@ def page(tmp_path) -> Path:
             (Slice("quiz", f"length: long {EVIL}", 12, 0.1, 0.05, 0.4),),
         ),
         record("c", "gate", wealth=0.01, rounds=[{"level": 0.01, "p_value": 0.5, "promoted": False}]),
+        weigh([Pair("t", f"t-{n}", str(n), "request", "short", "longer") for n in range(4)], {}, {}),
     )
     return write_page(compared, tmp_path / "page.html", name="tiny", alpha=0.05)
 

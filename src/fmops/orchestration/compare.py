@@ -47,10 +47,10 @@ class Compared:
     decision: Decision
     comparison: Comparison | None
     """None when the two cannot be paired; the decision says why."""
-    judged: Preference | None
-    """Where the spec names a judge."""
     gate: Record | None
     """The newest decision of this workspace; it holds the rounds and the budget."""
+    judged: Preference | None = None
+    """Where the spec names a judge."""
 
     @property
     def exit_code(self) -> int:
@@ -80,7 +80,7 @@ def compare(project: Project, a: str, b: str) -> Compared:
     if side_by_side and project.spec.evaluate and project.spec.evaluate.judge:
         pairs = collect(champion, challenger, _items(store, after), seed=project.spec.seed)
         judged = judge_answers(project, project.spec.evaluate.judge, pairs, f"{before.key}--{after.key}")
-    return Compared(before, after, decision, side_by_side, judged, gates[-1] if gates else None)
+    return Compared(before, after, decision, side_by_side, gates[-1] if gates else None, judged)
 
 
 def judge_answers(project: Project, judge: Judge, pairs: list[Pair], name: str) -> Preference:
