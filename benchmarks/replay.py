@@ -62,7 +62,7 @@ TINY = Plan(
     shares=(0.0, 0.1, 0.25, 0.5), seeds=(0, 1, 2), tokens=16_384, learning_rate=2e-3, batch_tokens=1024,
     old_tokens=131_072,
 )  # fmt: skip
-REAL = Plan(shares=(0.0, 0.25), seeds=(0,), tokens=4_096, learning_rate=1e-4, batch_tokens=1024)
+REAL = Plan(shares=(0.0, 0.25), seeds=(0,), tokens=2_048, learning_rate=1e-4, batch_tokens=512)
 
 
 def write_texts(folder: Path) -> None:
@@ -173,28 +173,36 @@ def study(plan: Plan, model: Path | None, *, work: Path, seconds: float) -> list
 
 
 def summary(plan: Plan, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By share and arrival: gain on the new domain and rise on the old one since the start, with 95 % half-widths."""
+    """By share and arrival: gain on the new domain and rise on the old one since the start, means over seeds.
+
+    `…_against_none` is the paired difference to the run of the same seed without replay, with the half-width of its
+    95 % interval: seeds differ in where they begin, and the difference does not.
+    """
+    start = {row["seed"]: row for row in rows if row["arrival"] == 1}
     found = []
-    first = {(row["seed"], row["share"]): row for row in rows if row["arrival"] == 1}
     for share in plan.shares:
         for arrival in range(1, ARRIVALS + 1):
-            cells = [row for row in rows if row["share"] == share and row["arrival"] == arrival]
+            cells = {row["seed"]: row for row in rows if (row["share"], row["arrival"]) == (share, arrival)}
+            none = {row["seed"]: row for row in rows if (row["share"], row["arrival"]) == (plan.shares[0], arrival)}
             if len(cells) < len(plan.seeds):
                 continue
-            began = [first[row["seed"], share] for row in cells]
-            gains = [
-                old["new_bits_per_byte_before"] - new["new_bits_per_byte_after"]
-                for old, new in zip(began, cells, strict=True)
-            ]
-            rises = [
-                new["old_bits_per_byte_after"] - old["old_bits_per_byte_before"]
-                for old, new in zip(began, cells, strict=True)
-            ]
-            found.append({
-                "share": share, "arrival": arrival, "seeds": len(cells), "new_gain": statistics.fmean(gains),
-                "old_rise": statistics.fmean(rises), "new_gain_half_width": half_width(gains),
-                "old_rise_half_width": half_width(rises),
-            })  # fmt: skip
+            after = {
+                seed: (-row["new_bits_per_byte_after"], row["old_bits_per_byte_after"]) for seed, row in cells.items()
+            }
+            point: dict[str, Any] = {"share": share, "arrival": arrival, "seeds": len(cells)}
+            for place, name in enumerate(("new_gain", "old_rise")):
+                sign, domain = ((1, "new"), (-1, "old"))[place]
+                moved = [after[seed][place] + sign * start[seed][f"{domain}_bits_per_byte_before"] for seed in cells]
+                against = [
+                    after[seed][place] + sign * none[seed][f"{domain}_bits_per_byte_after"]
+                    for seed in cells
+                    if seed in none
+                ]
+                point |= {name: statistics.fmean(moved), f"{name}_half_width": half_width(moved)}
+                if share != plan.shares[0]:
+                    point[f"{name}_against_none"] = statistics.fmean(against)
+                    point[f"{name}_against_none_half_width"] = half_width(against)
+            found.append(point)
     return found
 
 
@@ -210,8 +218,7 @@ def draw(points: Sequence[dict[str, Any]], title: str) -> str:
     width, height, left, bottom, top = 640, 400, 70, 50, 40
     xs = [p["old_rise"] for p in points]
     ys = [p["new_gain"] for p in points]
-    reach = [p["old_rise_half_width"] or 0.0 for p in points]
-    tall = [p["new_gain_half_width"] or 0.0 for p in points]
+    reach, tall = ([_bar(p, name) for p in points] for name in ("old_rise", "new_gain"))
     x_low, x_high = (
         min(0.0, *(x - e for x, e in zip(xs, reach, strict=True))),
         max(x + e for x, e in zip(xs, reach, strict=True)),
@@ -249,7 +256,7 @@ def draw(points: Sequence[dict[str, Any]], title: str) -> str:
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for p in mine:
             x, y = at(p["old_rise"], p["new_gain"])
-            for across, down in (((p["old_rise_half_width"] or 0), 0.0), (0.0, (p["new_gain_half_width"] or 0))):
+            for across, down in ((_bar(p, "old_rise"), 0.0), (0.0, _bar(p, "new_gain"))):
                 low, high = (
                     at(p["old_rise"] - across, p["new_gain"] - down),
                     at(p["old_rise"] + across, p["new_gain"] + down),
@@ -260,8 +267,13 @@ def draw(points: Sequence[dict[str, Any]], title: str) -> str:
                 f"{p['arrival']}: old {p['old_rise']:+.4f}, new {p['new_gain']:+.4f}</title></circle>"
             )
         x, y = at(mine[-1]["old_rise"], mine[-1]["new_gain"])
-        parts.append(f'<text x="{x + 8:.0f}" y="{y + 4:.0f}" fill="{colour}">replay {share:.0%}</text>')
+        parts.append(f'<text x="{x + 6:.0f}" y="{y - 8:.0f}" fill="{colour}">replay {share:.0%}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _bar(point: dict[str, Any], name: str) -> float:
+    """Half the length of a point's bar: how sure its distance to the line without replay is."""
+    return point.get(f"{name}_against_none_half_width") or 0.0
 
 
 def main() -> None:
@@ -282,11 +294,12 @@ def main() -> None:
     results[name] = {
         "whole": whole, "plan": asdict(plan), "summary": points, "cells": rows,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": 1},
-        "unit": "bits per byte", "interval": "95 %, Student's t over seeds",
+        "unit": "bits per byte", "interval": "95 %, Student's t over seeds; against_none: paired by seed",
     }  # fmt: skip
     path.write_text(json.dumps(results, indent=1) + "\n")
     if whole and not given.model:
-        svg = draw(points, f"Replay share over three arrivals of new documents (n = {len(plan.seeds)} seeds, 95 %)")
+        title = f"Replay over three arrivals ({len(plan.seeds)} seeds; bars: 95 % of the difference to no replay)"
+        svg = draw(points, title)
         (ROOT / "docs" / "images" / "replay.svg").write_text(svg)
     for point in points:
         print(json.dumps(point))

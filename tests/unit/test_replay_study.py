@@ -42,12 +42,18 @@ def test_gain_and_rise_are_against_the_start_of_the_same_seed(replay):
     assert points[1]["old_rise"] == pytest.approx(0.6)
     assert points[1]["new_gain_half_width"] == pytest.approx(12.706 * 0.1)
     assert replay.half_width([0.3]) is None
+    # Both seeds lose as much less with replay: the difference is certain, however far apart they began.
+    rows += [cell(1, 0.5, 1, new=0.1, old=0.0)]
+    replayed = replay.summary(plan, rows)[2]
+    assert (replayed["share"], replayed["old_rise_against_none"]) == (0.5, pytest.approx(-0.2))
+    assert replayed["old_rise_against_none_half_width"] == pytest.approx(0)
+    assert replayed["new_gain_against_none"] == pytest.approx(0)
 
 
 def test_the_picture_has_every_point_and_its_figures(replay):
     points = [
         {"share": share, "arrival": arrival, "new_gain": 0.1 * arrival, "old_rise": 0.2 * arrival * (1 - share),
-         "new_gain_half_width": 0.01, "old_rise_half_width": None}
+         "new_gain_against_none_half_width": 0.01, "old_rise_half_width": None}
         for share in (0.0, 0.25)
         for arrival in (1, 2, 3)
     ]  # fmt: skip
