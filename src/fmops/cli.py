@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from fmops import __version__
+from fmops.cli_console import console
 from fmops.cli_deploy import deploy
 from fmops.cli_keys import keys
 from fmops.cli_loop import loop
@@ -269,11 +270,17 @@ def serve(
 @click.option("--foreground", is_flag=True, help="Stay, and write what happens to the terminal.")
 @with_spec
 def up(foreground: bool, spec: Path, workspace: Path | None) -> None:
-    """Start gateway and engines on this machine, supervised; goes on from where a crash or a reboot left it."""
+    """Start engines, gateway, monitor and console on this machine, supervised; goes on after a crash or a reboot."""
+    from fmops.console.process import invite
     from fmops.orchestration.up import supervise
     from fmops.orchestration.up import up as start
 
-    (supervise if foreground else start)(open_project(spec, workspace))
+    project = open_project(spec, workspace)
+    if foreground:
+        supervise(project)
+    else:
+        start(project)
+        invite(project, say=click.echo)
 
 
 @cli.command()
@@ -296,6 +303,7 @@ def gateway(spec: Path, workspace: Path | None) -> None:
 
 
 cli.add_command(keys)
+cli.add_command(console)
 cli.add_command(deploy)
 
 

@@ -33,6 +33,7 @@ INTERFACE = {
     "down": SPEC,
     "gateway": SPEC,
     "keys": (),
+    "console": ("--host", "--port", "--read-only", "--new-token", *SPEC),
     "deploy": ("release", "--on", "--by", "--least", "--most", "--tokens-per-second", "--warm", "--platform",
                "--dry-run", *SPEC),  # fmt: skip
     "chat": ("--url", "--system", "--prompt", *SPEC),

@@ -1,6 +1,6 @@
 """`fmops up`, `fmops down`: what serves the champion on this machine, as processes that outlive the command.
 
-Enters: a project with a released champion. Leaves: a supervisor, a gateway and an engine for each arm of the routes.
+Enters: a project with a released champion. Leaves: a supervisor; gateway, monitor, console, an engine for each arm.
 Refuses: to start twice; to say that all is up before it is.
 """
 
@@ -28,11 +28,13 @@ from fmops.deployment.serving.supervisor import (
     read_state,
 )
 from fmops.errors import EXIT_FAILED, FmopsError
+from fmops.lifecycle import Serve
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import find_release
 from fmops.store import write_atomically
 
 LOG = "supervisor.log"
+PAGES = {"gateway": "v1", "monitor": "metrics", "console": ""}
 TRIES = 3
 """A process that ends so often before it ever answers will not come up."""
 
@@ -64,7 +66,7 @@ def up(project: Project, *, say: Callable[[str], None] = print) -> None:
     for line in serving(root):
         say(line)
     config = project.spec.serve
-    say(f"metrics   http://127.0.0.1:{config.port + 1}/metrics")
+    say(f"metrics   {metrics_url(config)}")
     say(f"key       in {root / LOCAL_KEY}; `fmops chat` uses it, `fmops keys add` makes more")
 
 
@@ -79,16 +81,32 @@ def supervise(project: Project) -> None:
             project, "serve", "--release", release, "--host", "127.0.0.1", "--port", str(port), "--for-gateway"
         )
 
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    # What else should run beside them, a console, has its line here: its URL must answer /health.
+    # What else should run beside them has its line here: its URL must answer /health.
     services = {
-        "gateway": (f"http://{host}:{config.port}", _fmops(project, "gateway")),
+        "gateway": (gateway_url(config), _fmops(project, "gateway")),
         "monitor": (f"http://127.0.0.1:{config.port + 2}", _fmops(project, "monitor", "--port", str(config.port + 2))),
+        "console": (console_url(config), _fmops(project, "console", "--port", str(config.port + 3))),
     }
     supervisor = Supervisor(root / FOLDER, RoutesFile(root / ROUTES), engine=engine, services=services)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, supervisor.stop)
     supervisor.run()
+
+
+def gateway_url(config: Serve) -> str:
+    """Where this machine reaches the gateway."""
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    return f"http://{host}:{config.port}"
+
+
+def metrics_url(config: Serve) -> str:
+    """Where the gateway's counters are, for this machine only."""
+    return f"http://127.0.0.1:{config.port + 1}/metrics"
+
+
+def console_url(config: Serve) -> str:
+    """Where `fmops up` puts the console, for this machine only."""
+    return f"http://127.0.0.1:{config.port + 3}"
 
 
 def down(project: Project, *, say: Callable[[str], None] = print) -> None:
@@ -128,8 +146,7 @@ def _line(one: Running, arms: dict[str, str]) -> str:
     health = "up" if one.healthy else "not answering"
     again = f", restarted {one.restarts} times" if one.restarts else ""
     if one.release is None:
-        page = "v1" if one.name == "gateway" else "metrics"
-        return f"{one.name:9} {one.url}/{page}  {health}{again}"
+        return f"{one.name:9} {one.url}/{PAGES[one.name]}  {health}{again}"
     return f"engine    {one.url}  {health}{again}, {one.release} ({arms.get(one.release, 'ending')})"
 
 

@@ -22,12 +22,14 @@ Action = Literal["start", "status", "look", "promote", "hold", "resume", "rollba
 
 
 def run_action(
-    store: Store, policy: Rollout, action: str, *, key: str | None = None, why: str = "",
+    store: Store, policy: Rollout, action: str, *, key: str | None = None, why: str = "", seen: str | None = None,
     cluster: GatewayTraffic | None = None,
 ) -> str:  # fmt: skip
     """Do it, and say where the rollout stands afterwards.
 
     Args:
+        seen: what the person looked at: a rollout's id; with `start`, the champion. If it is another by now, nothing is
+            done.
         cluster: whose gateway is meant; None: this machine's.
 
     Raises:
@@ -35,12 +37,12 @@ def run_action(
     """
     controller = Controller(store, traffic=cluster, engine=cluster.engine) if cluster else Controller(store)
     if action == "start":
-        saved: Saved | None = controller.start(key or _newest(store), policy)
+        saved: Saved | None = controller.start(key or _newest(store), policy, seen=seen)
     elif action == "status":
         saved = controller.read()
     else:
         order = None if action == "look" else cast(Order, action)
-        saved = controller.look(order, why=why)
+        saved = controller.look(order, why=why, seen=seen)
     return describe(saved, now=time.time()) if saved else "no rollout yet: `fmops rollout start`"
 
 

@@ -41,6 +41,8 @@ from fmops.traces import FEEDBACK, TRACES, Cursor, DayLog, Feedback, Trace
 
 FILE = "rollout.json"
 LOCK = "rollout.lock"
+MARKS = 240
+"""Looks that are kept for pictures; when there are more, every second one goes."""
 
 
 class Event(Frozen):
@@ -55,6 +57,17 @@ class Event(Frozen):
     )
 
 
+class Mark(Frozen):
+    """The evidence at one look, for pictures; decisions never read it."""
+
+    at_s: float
+    answers: int = Field(description="Of the challenger to clients.")
+    pairs: int
+    share: float
+    log_harm: float = Field(description="Log of the average e-value of harm.")
+    log_fine: dict[str, float] = Field(description="Signal → log e-value of being within its margin.")
+
+
 class Saved(Frozen):
     """Everything that a rollout remembers."""
 
@@ -65,6 +78,7 @@ class Saved(Frozen):
     votes: Cursor = Cursor()
     refused: tuple[str, ...] | None = None
     events: tuple[Event, ...] = ()
+    marks: tuple[Mark, ...] = Field(default=(), description="Oldest first; thinned, so that the file stays small.")
 
 
 class Controller:
@@ -80,11 +94,14 @@ class Controller:
         self._traces = DayLog(store.root / TRACES, Trace)
         self._votes = DayLog(store.root / FEEDBACK, Feedback)
 
-    def start(self, challenger: str, policy: Rollout) -> Saved:
+    def start(self, challenger: str, policy: Rollout, *, seen: str | None = None) -> Saved:
         """Begin to roll out a release; traffic follows only after its checks.
 
+        Args:
+            seen: the champion that it is meant to replace, where somebody looked at it before.
+
         Raises:
-            RolloutConflict: another rollout is under way.
+            RolloutConflict: another rollout is under way, or the champion is another by now.
             FmopsError: there is no champion to compare with, the challenger is it, or is no release.
         """
         with self._locked():
@@ -100,6 +117,8 @@ class Controller:
                 raise FmopsError(f"{record.key} is no release, but a {record.kind}. Name one of stage release.")
             if champion is None:
                 raise FmopsError("there is no champion to compare with. The first release serves at once: `fmops up`.")
+            if seen and seen != champion:
+                raise RolloutConflict(f"the champion is {champion} by now, no longer {seen}. Look again, then decide.")
             if champion == record.key:
                 raise FmopsError(f"{record.key} is the champion already; there is nothing to roll out.")
             now = self._clock()
@@ -117,11 +136,14 @@ class Controller:
             )  # fmt: skip
             return self._settle(self._save(_noted(saved, now)))
 
-    def look(self, order: Order | None = None, *, why: str = "") -> Saved | None:
+    def look(self, order: Order | None = None, *, why: str = "", seen: str | None = None) -> Saved | None:
         """Read what is new, decide, act. None when there has never been a rollout.
 
+        Args:
+            seen: id of the rollout that the order is meant for, where somebody looked at it before.
+
         Raises:
-            RolloutConflict: the order does not fit.
+            RolloutConflict: the order does not fit, or another rollout has begun meanwhile.
         """
         # Asking the engine takes seconds: a person's order must not wait for it.
         checked = self._check(self.read()) if order is None else None
@@ -131,6 +153,8 @@ class Controller:
                 if order:
                     raise RolloutConflict(f"there is no rollout to {order}. Begin with `fmops rollout start`.")
                 return None
+            if seen and seen != saved.state.id:
+                raise RolloutConflict(f"{seen} is over; {saved.state.id} has begun meanwhile. Look again, then decide.")
             traces, cursor = self._traces.read(saved.cursor)
             votes, votes_cursor = self._votes.read(saved.votes)
             evidence = hear(observe(saved.evidence, traces), votes)
@@ -149,6 +173,8 @@ class Controller:
                     "state": state, "evidence": evidence, "cursor": cursor, "votes": votes_cursor, "refused": refused,
                 }
             )  # fmt: skip
+            if evidence != saved.evidence:
+                after = after.model_copy(update={"marks": _marked(saved.marks, evidence, now)})
             if (state.phase, state.step) != (saved.state.phase, saved.state.step):
                 after = _noted(after, now)
             fault_site("rollout-before-save")
@@ -248,6 +274,17 @@ def metrics_text(saved: Saved) -> str:
 def _share(state: State, policy: Rollout) -> float:
     active = state.held_from if state.phase == "held" else state.phase
     return policy.steps[state.step] if active == "canary" else 0.0
+
+
+def _marked(marks: tuple[Mark, ...], evidence: Evidence, now: float) -> tuple[Mark, ...]:
+    """One mark more. The first stays, and what is thinned out is the same whoever looks."""
+    fine = {name: round(s.log_fine, 4) for name, s in evidence.signals.items() if s.canary.n or s.shadow_fine.n}
+    mark = Mark(
+        at_s=now, answers=evidence.canary_answers, pairs=evidence.pairs,
+        share=evidence.shares[-1][1] if evidence.shares else 0.0, log_harm=round(evidence.log_harm, 4), log_fine=fine,
+    )  # fmt: skip
+    kept = marks if len(marks) < MARKS else marks[::2]
+    return (*kept, mark)
 
 
 def _noted(saved: Saved, now: float) -> Saved:
