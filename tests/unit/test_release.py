@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,16 @@ def test_a_pickle_under_any_name_is_refused_and_never_opened(checkpoint, tmp_pat
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(pickle.dumps(Touch(trap), protocol=4))
     with pytest.raises(IntegrityError, match=Path(name).name):
+        make(checkpoint, tmp_path / "out", context)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "extra.safetensors", "notes"])
+def test_a_pickle_inside_a_zip_is_refused_and_never_opened(checkpoint, tmp_path, context, name):
+    trap = tmp_path / "opened"
+    with zipfile.ZipFile(checkpoint.model / name, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Touch(trap), protocol=4))
+    with pytest.raises(IntegrityError, match=name):
         make(checkpoint, tmp_path / "out", context)
     assert not trap.exists()
 
