@@ -36,6 +36,8 @@ class FakeEngine:
         self.seen: list[dict] = []
         self.headers: list[dict[str, str]] = []
         self.left = 0
+        self.words: list[str] | None = None
+        """What it says instead of its release's name."""
         self.draining = False
         """Like [503] in every prompt."""
         self.waiting = threading.Semaphore(0)
@@ -94,7 +96,7 @@ class FakeEngine:
             "model": "m",
             "system_fingerprint": self.release,
         }
-        words = [f"{self.release} ", *("x" for _ in range(self._tokens - 1))]
+        words = self.words or [f"{self.release} ", *("x" for _ in range(self._tokens - 1))]
         usage = {"prompt_tokens": 7, "completion_tokens": len(words), "mean_logprob": -0.5}
         if not body.get("stream"):
             if "[break]" in text:

@@ -51,9 +51,17 @@ def test_a_room_never_enters_another(path):
     room = room_of(path)
     if room not in ROOMS:
         return
-    others = {other for other in (*ROOMS, "orchestration") if other != room}
+    others = {other for other in (*ROOMS, "orchestration", "console") if other != room}
     entered = {name for name in imports(path) for other in others if name.startswith(f"fmops.{other}")}
     assert not entered, f"{path.name} imports {entered}; rooms meet only in artifacts"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_console_stands_above_the_house(path):
+    if room_of(path) == "console" or path.parent == PACKAGE:
+        return
+    entered = {name for name in imports(path) if name.startswith("fmops.console")}
+    assert not entered, f"{path.name} imports {entered}; the console reads the house, nothing in the house reads it"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
