@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,14 +37,15 @@ class Chrome:
         )  # fmt: skip
         assert self._process.stderr is not None
         line = next(line for line in self._process.stderr if "DevTools listening on" in line)
-        self._socket = connect(line.split()[-1], max_size=None)
+        self._open = ExitStack()
+        self._socket = self._open.enter_context(connect(line.split()[-1], max_size=None))
         self._numbers = itertools.count(1)
 
     def __enter__(self) -> Chrome:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._socket.close()
+        self._open.close()
         self._process.terminate()
         self._process.wait(20)
         assert self._process.stderr is not None
