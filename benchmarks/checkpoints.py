@@ -1,4 +1,4 @@
-"""What resume states cost, and what kills cost: `python -m benchmarks.checkpoints waits MB` and `… goodput KILLS`.
+"""What resume states and kills cost: `python -m benchmarks.checkpoints waits MB`, `… goodput N`, `… kills N`.
 
 Enters: the size of a state, or how many kills. Leaves: one JSON line of figures on standard output.
 Refuses: a run under kills whose final weights differ from those of the run that was left alone.
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -133,6 +134,71 @@ def goodput(*, kills: int, seed: int = 0) -> dict[str, object]:
     }
 
 
+def kills(*, wanted: int, seed: int = 0) -> dict[str, object]:
+    """One training under `wanted` SIGKILLs at random wall times: where it was hit, and whether the weights are equal.
+
+    Imports happen once, here; each attempt is a fork, so that what is killed is training and its resume states and not
+    the loading of libraries. Times to live are drawn from an exponential distribution, whose mean doubles while
+    attempts in a row get no further: on a busy machine a start alone may take longer than the time between two states.
+    """
+    import training_run
+    from tiny_model import write_tiny_model
+
+    from fmops.adapters import transformers_pretrain  # noqa: F401  what every fork would import
+
+    dice = random.Random(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs = Path(scratch) / "inputs"
+        inputs.mkdir()
+        write_tiny_model(inputs / "model")
+        stage = f"long-{4 * wanted}"
+        _, alone_s, _ = _forked(stage, inputs, Path(scratch) / "alone", live_s=None)
+        whole = training_run.digests(Path(scratch) / "alone")
+        out, patience, lived, spent, places = Path(scratch) / "out", 1.0, False, 0.0, []
+        while not lived:
+            before = _newest_step(out)
+            live_s = None if len(places) == wanted else 0.3 + dice.expovariate(1 / (patience * alone_s / wanted))
+            lived, used, hit = _forked(stage, inputs, out, live_s=live_s)
+            spent += used
+            if hit:
+                places.append(_newest_step(out))
+                patience = 1.0 if places[-1] > before else 2 * patience
+        equal = training_run.digests(out) == whole
+    return {
+        "kills": len(places),
+        "digests_equal": equal,
+        "resume_states_hit_at": places,
+        "alone_wall_s": round(alone_s, 1),
+        "wall_s": round(spent, 1),
+    }
+
+
+def _forked(stage: str, inputs: Path, out: Path, *, live_s: float | None) -> tuple[bool, float, bool]:
+    """Whether an attempt in a fork finished, its wall seconds, and whether it was killed."""
+    import training_run
+
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as silent:
+            training_run.train(stage, inputs, out, silent)
+        os._exit(0)
+    timer = threading.Timer(live_s or 1e6, os.kill, (child, signal.SIGKILL))
+    timer.daemon = True
+    timer.start()
+    _, status = os.waitpid(child, 0)
+    timer.cancel()
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"an attempt ended with {code}")
+    return code == 0, time.monotonic() - started, code != 0
+
+
+def _newest_step(out: Path) -> int:
+    found = out.glob(".work/checkpoint-*/manifest.json")
+    return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
+
+
 def _attempt(inputs: Path, out: Path, *, states: int, kill_after_s: float | None = None) -> tuple[bool, float]:
     """Whether one training process finished, and its processor seconds."""
     import training_run
@@ -159,4 +225,6 @@ def _die_after(seconds: float) -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "quickstart")]
-    print(json.dumps(waits(int(sys.argv[2])) if sys.argv[1] == "waits" else goodput(kills=int(sys.argv[2]))))
+    verb, count = sys.argv[1], int(sys.argv[2])
+    found = {"waits": waits, "goodput": lambda n: goodput(kills=n), "kills": lambda n: kills(wanted=n)}[verb](count)
+    print(json.dumps(found))

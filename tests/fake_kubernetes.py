@@ -36,6 +36,8 @@ class FakeKubernetes:
     requests: list[tuple[str, str]] = field(default_factory=list)
     refusals: list[tuple[str, int]] = field(default_factory=list)
     services: dict[str, Answer] = field(default_factory=dict)
+    logs: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
+    """(time stamp, line) of each (pod, container)."""
     before: Callable[[str, str], None] | None = None
     """Called with verb and path before each request is answered, outside the lock: a test's other actor."""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -91,7 +93,16 @@ class FakeKubernetes:
                 service = self.services.get(front.rpartition("/")[2])
                 status, reply = service(f"/{rest}", body) if service else (503, {"message": "no endpoints available"})
                 return Response(json.dumps(reply), status=status, mimetype="application/json")
+            if path.endswith("/log"):
+                return self._log(path.split("/")[-2], request)
             return getattr(self, f"_{request.method.lower()}")(path, body, request)
+
+    def _log(self, pod: str, request: Request) -> Response:
+        lines = self.logs.get((pod, request.args.get("container", "")))
+        if lines is None:
+            return _failure(400, "container is waiting to start")
+        since = request.args.get("sinceTime", "")
+        return Response("".join(f"{stamp} {text}\n" for stamp, text in lines if stamp >= since.rstrip("Z")))
 
     def _get(self, path: str, _: Manifest, request: Request) -> Response:
         if path in self.objects:

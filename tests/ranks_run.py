@@ -40,8 +40,15 @@ def given(case: str, inputs: Path) -> dict[str, Any]:
     return {"function": STAGES[case.partition("-")[0]].function, "config": CASES[case], "inputs": artifacts}
 
 
-def a_context(sharding: str = "auto", *, processes: int = 2) -> StageContext:
-    return StageContext(seed=7, stream=io.StringIO(), processes=processes, sharding=sharding, precision="float32")
+def a_context(sharding: str = "auto", *, processes: int = 2, launcher: str = "torchrun") -> StageContext:
+    return StageContext(
+        seed=7,
+        stream=io.StringIO(),
+        processes=processes,
+        launcher=launcher,
+        sharding=sharding,
+        precision="float32",
+    )
 
 
 def alone(case: str, inputs: Path, out: Path) -> Checkpoint:

@@ -18,6 +18,7 @@ from fmops.cli_deploy import deploy
 from fmops.cli_keys import keys
 from fmops.cli_loop import loop
 from fmops.cli_options import open_project, with_spec
+from fmops.cli_run import doctor, plan, run
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
 
 WRITABLE = "Give yourself the right to, or name another workspace with --workspace."
@@ -45,21 +46,6 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--on", "where", type=click.Choice(["eks"]), help="Look at the cluster instead of this machine.")
-@click.option("--context", help="Of the kubeconfig. Left out: the current one.")
-@with_spec
-def doctor(where: str | None, context: str | None, spec: Path, workspace: Path | None) -> None:
-    """Say whether a lifecycle can run here, or on the cluster, and what to mend."""
-    from fmops.orchestration.doctor import examine_cluster, examine_here, render_findings
-
-    here = examine_here(spec, open_project=lambda: open_project(spec, workspace))
-    findings = list(examine_cluster(context) if where else here)
-    click.echo(render_findings(findings))
-    if any(each.state == "fault" for each in findings):
-        sys.exit(EXIT_FAILED)
-
-
-@cli.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path())
 def init(folder: Path) -> None:
     """Write a commented lifecycle.yaml to start from."""
@@ -69,44 +55,8 @@ def init(folder: Path) -> None:
     click.echo(f"wrote {path}. Point data.corpora at your text, then: fmops plan --spec {path}")
 
 
-@cli.command()
-@click.option("--on", "where", type=click.Choice(["eks"]), help="Say what it would take on a cluster instead of here.")
-@click.option("--instance", help="Only on nodes of this kind. Left out: the cheapest for each stage.")
-@click.option("--nodes", type=click.IntRange(min=1), help="So many of them. Left out: the fewest that hold the stage.")
-@click.option("--requests-per-s", default=1.0, show_default=True, help="That the endpoint must carry.")
-@with_spec
-def plan(
-    where: str | None,
-    instance: str | None,
-    nodes: int | None,
-    requests_per_s: float,
-    spec: Path,
-    workspace: Path | None,
-) -> None:
-    """Say what would run and why, with tokens, time and cost."""
-    from fmops.orchestration.cluster_plan import render_cluster_plan
-    from fmops.orchestration.show import render_plan
-
-    project = open_project(spec, workspace)
-    if where is None:
-        click.echo(render_plan(project))
-        return
-    click.echo(render_cluster_plan(project, on=instance, nodes=nodes, requests_per_s=requests_per_s))
-
-
-@cli.command()
-@with_spec
-def run(spec: Path, workspace: Path | None) -> None:
-    """Run what is not done yet; a second run with nothing changed does nothing."""
-    from fmops.orchestration.events import open_view
-    from fmops.orchestration.run import run as run_project
-    from fmops.orchestration.show import render_outcome, serves
-
-    project = open_project(spec, workspace)
-    with open_view() as view:
-        # What users are served is changed by a rollout alone.
-        outcome = run_project(project, view, alias="challenger" if serves(project) else "champion")
-    click.echo(render_outcome(project, outcome))
+for command in (doctor, plan, run):
+    cli.add_command(command)
 
 
 @cli.command()
@@ -303,8 +253,8 @@ def gateway(spec: Path, workspace: Path | None) -> None:
 
 
 cli.add_command(keys)
-cli.add_command(console)
 cli.add_command(deploy)
+cli.add_command(console)
 
 
 @cli.command()

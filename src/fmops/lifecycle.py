@@ -316,6 +316,9 @@ class Runtime(Frozen):
     processes: int = Field(
         1, ge=1, description="That share training or evaluation, each with `threads` threads and memory for a model."
     )
+    launcher: Literal["torchrun", "ray"] = Field(
+        "torchrun", description="Of processes that train together: on this machine, or on the cluster at RAY_ADDRESS."
+    )
     sharding: Literal["auto", "ddp", "fsdp2"] = Field(
         "auto", description="Of a model that several processes train: whole in each (ddp) or in shards; by its size."
     )

@@ -80,6 +80,8 @@ class StageContext:
     threads: int = 1
     processes: int = 1
     """Processes that share a training or an evaluation, of `threads` threads each (runtime, no identity)."""
+    launcher: str = "torchrun"
+    """`torchrun` or `ray`: who starts processes that train together (runtime, no identity)."""
     sharding: str = "auto"
     """`ddp`, `fsdp2` or `auto`: whether each training process holds the whole model (runtime, no identity)."""
     precision: str = "float32"

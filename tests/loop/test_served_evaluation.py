@@ -47,6 +47,7 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
 
 def test_answers_of_the_endpoint_score_as_those_of_the_weights(served, weights):
     pairs = [("def f(x):", " return x"), ("the class object ", "returns a value"), ("a " * 300 + "class", " value")]
+    pairs += [("Der Schlüssel — 日本語 ist", " größer als ß"), ("日本語 🙂", "のテスト 🙂 x")]
     asked = requests("loglikelihood", *pairs)
     for (ours, greedy), (theirs, wanted) in zip(
         served.loglikelihood(asked), weights.loglikelihood(asked), strict=True

@@ -80,6 +80,8 @@ def test_a_missing_key_is_named(tmp_path):
     [
         ("name: a\nbase: b\npretrain: {tokens: 5}\n", "pretrain needs a corpus with role train"),
         (GOOD + "  old_domain_ceiling: 0.1\n", "old_domain_ceiling needs a corpus with role replay"),
+        (GOOD + "  patience: 2\n", "pretrain.patience waits for better weights: add `keep: best`, or drop it"),
+        (GOOD + "  metric: old_bits_per_byte\n", "pretrain.metric old_bits_per_byte needs a corpus with role replay"),
         (GOOD + "  warmup: 0.6\n  decay: 0.6\n", "exceed the whole run"),
         (GOOD + "instruct: {}\n", "instruct needs data.conversations"),
         (GOOD + "align: {}\n", "align needs data.preferences"),

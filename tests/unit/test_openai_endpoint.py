@@ -103,13 +103,14 @@ def test_the_model_is_named_where_several_are_served():
         OpenAIEndpoint(URL, model="c", transport=transport)
 
 
-def test_a_prompts_log_probabilities_come_by_place_without_what_was_generated():
+def test_a_prompts_log_probabilities_come_without_what_was_generated():
     logprobs = {
-        "text_offset": [0, 3, 5, 9], "token_logprobs": [None, -1.0, -2.5, -0.1],
-        "top_logprobs": [None, {"x": -1.0}, {"y": -0.5}, {"z": -0.1}],
+        "token_logprobs": [None, -1.0, -2.5, -0.1], "top_logprobs": [None, {"x": -1.0}, {"y": -0.5}, {"z": -0.1}],
     }  # fmt: skip
-    script = Script((200, {"choices": [{"text": "abcdefghij", "logprobs": logprobs}]}))
-    assert script.endpoint().prompt_logprobs("abcdefghi") == [(0, None, False), (3, -1.0, True), (5, -2.5, False)]
-    blind = Script((200, {"choices": [{"text": "abc", "logprobs": None}]}))
-    with pytest.raises(FmopsError, match=r"answered without 'text_offset'"):
+    usage = {"prompt_tokens": 3, "completion_tokens": 1}
+    endpoint = Script((200, {"choices": [{"text": "abcd", "logprobs": logprobs}], "usage": usage})).endpoint()
+    assert endpoint.prompt_logprobs("abc") == [(None, False), (-1.0, True), (-2.5, False)]
+    assert endpoint.count_tokens("abc") == 3
+    blind = Script((200, {"choices": [{"text": "abc", "logprobs": None}], "usage": usage}))
+    with pytest.raises(FmopsError, match=r"answered without 'token_logprobs'"):
         blind.endpoint().prompt_logprobs("abc")

@@ -13,7 +13,7 @@ import shlex
 import ssl
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,19 @@ class Cluster:
         """End an object with all that it made; False where there is none."""
         path = path_of(kind, version=version, namespace=namespace, name=name)
         return self.request("DELETE", path, query={"propagationPolicy": "Background"}, missing=True) is not None
+
+    def lines(self, pod: str, *, container: str, namespace: str, since: str | None) -> Iterator[tuple[str, str]]:
+        """(time stamp, line) that a container has written after `since`; none while it has not started."""
+        query = {"timestamps": "true", "container": container} | (
+            {"sinceTime": since.partition(".")[0] + "Z"} if since else {}
+        )
+        path = path_of("Pod", version="v1", namespace=namespace, name=pod) + "/log"
+        reply = self._send("GET", path, params=query)
+        for line in reply.text.splitlines() if reply.is_success else ():
+            stamp, _, text = line.partition(" ")
+            # The server knows seconds only: what was seen within the same one comes again.
+            if since is None or stamp > since:
+                yield stamp, text
 
     def ask(
         self, service: str, path: str, body: Manifest, *, namespace: str, timeout_s: float = 60.0

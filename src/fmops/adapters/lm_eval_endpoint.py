@@ -3,7 +3,8 @@
 Enters: an OpenAI-compatible endpoint, requests. Leaves: greedy answers, log-likelihoods of prompts.
 Refuses: log-likelihoods of chats, and options that are not greedy.
 
-Log-likelihoods come from `echo` with `logprobs`; the first token of a text has none and counts as nothing. Both arms of
+Log-likelihoods come from `echo` with `logprobs`; the first token of a text has none and counts as nothing; an answer that
+fuses with its context into one token is read as the server reads the whole. Both arms of
 a comparison are asked alike: the engine is part of the protocol.
 """
 
@@ -45,6 +46,8 @@ class EndpointLM(LM):  # type: ignore[misc]
         super().__init__()
         self.endpoint = endpoint
         self.journal = Journal()
+        self._lengths: dict[str, int] = {}
+        """Tokens of each context; the answers of a question share one."""
         self.on_progress: Callable[[float], None] = lambda _: None
 
     @property
@@ -107,8 +110,11 @@ class EndpointLM(LM):  # type: ignore[misc]
         # Spaces between both belong to the answer, as in the harness: tokens begin with them.
         kept = context.rstrip()
         answer = context[len(kept) :] + answer
-        tokens = self.endpoint.prompt_logprobs(kept + answer)
-        mine = [(value, best) for offset, value, best in tokens if offset >= len(kept) and value is not None]
+        if kept and kept not in self._lengths:
+            self._lengths[kept] = self.endpoint.count_tokens(kept)
+        # As in the harness: what the whole has beyond the tokens of its beginning alone.
+        tokens = self.endpoint.prompt_logprobs(kept + answer)[self._lengths.get(kept, 0) :]
+        mine = [(value, best) for value, best in tokens if value is not None]
         if not mine:
             raise FmopsError(f"{self.endpoint.url} tells no log-probabilities of a prompt (`echo` with `logprobs`).")
         return sum(value for value, _ in mine), all(best for _, best in mine)

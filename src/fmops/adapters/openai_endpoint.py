@@ -67,22 +67,33 @@ class OpenAIEndpoint:
         choice = self._choice("completions", {"prompt": prompt, **_greedy(max_tokens, stop)})
         return str(_field(choice, "text", self.url))
 
-    def prompt_logprobs(self, text: str) -> list[tuple[int, float | None, bool]]:
-        """Of each token of the text: where it begins, its log-probability given those before it, whether it is the
-        likeliest one. The first token has none."""
-        body = {"prompt": text, "echo": True, "logprobs": 1, **_greedy(1, ())}
-        found = _field(self._choice("completions", body), "logprobs", self.url) or {}
-        rows = zip(
-            *(_field(found, name, self.url) for name in ("text_offset", "token_logprobs", "top_logprobs")), strict=True
-        )
+    def prompt_logprobs(self, text: str) -> list[tuple[float | None, bool]]:
+        """Of each token of the text: its log-probability given those before it, whether it is the likeliest one.
+
+        The first token has none. Places in the text are not read: a character of two tokens is counted twice.
+        """
+        answer = self._ask("POST", "completions", self._echo(text, logprobs=True))
+        found = _field(self._first(answer, "completions"), "logprobs", self.url) or {}
+        values, tops = (_field(found, name, self.url) for name in ("token_logprobs", "top_logprobs"))
+        generated = int(_field(_field(answer, "usage", self.url), "completion_tokens", self.url))
         return [
-            (offset, value, value is not None and value >= max((top or {}).values(), default=value))
-            for offset, value, top in rows
-            if offset < len(text)
+            (value, value is not None and value >= max((top or {}).values(), default=value))
+            for value, top in list(zip(values, tops, strict=True))[: len(values) - generated]
         ]
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, with what the server puts before it."""
+        answer = self._ask("POST", "completions", self._echo(text, logprobs=False))
+        return int(_field(_field(answer, "usage", self.url), "prompt_tokens", self.url))
+
+    def _echo(self, text: str, *, logprobs: bool) -> dict[str, Any]:
+        asked = {"echo": True, "logprobs": 1} if logprobs else {}
+        return {"model": self.model, "prompt": text, **asked, **_greedy(1, ())}
+
     def _choice(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._ask("POST", route, {"model": self.model, **body})
+        return self._first(self._ask("POST", route, {"model": self.model, **body}), route)
+
+    def _first(self, answer: dict[str, Any], route: str) -> dict[str, Any]:
         choices = _field(answer, "choices", self.url)
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise FmopsError(f"{self.url}/{route} answered without a choice. Is it an OpenAI-compatible endpoint?")

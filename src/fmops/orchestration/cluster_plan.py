@@ -31,10 +31,10 @@ def render_cluster_plan(project: Project, *, on: str | None, nodes: int | None, 
     """
     planner = project.planner()
     steps = planner.plan()
-    shape = _shape(planner, steps["base"])
+    shape = shape_of(planner, steps["base"])
     kinds = [instance(on)] if on else [each for each in instances().values() if each.trains]
     rows, dollars, hours, unknown = [], 0.0, 0.0, []
-    for name, work in _stages(project, planner, steps):
+    for name, work in works(project, planner).items():
         if work is None:
             unknown.append(name)
             continue
@@ -71,7 +71,7 @@ def _layout(size: Training) -> str:
     return f"{size.layout.tensor} × {size.layout.pipeline} × {size.layout.replicas}"
 
 
-def _shape(planner: Planner, base: Step) -> Shape:
+def shape_of(planner: Planner, base: Step) -> Shape:
     """Of the imported base; before that, of its config.json or GGUF header."""
     if base.record:
         artifact: Any = planner.store.load(base.record)
@@ -87,10 +87,14 @@ def _shape(planner: Planner, base: Step) -> Shape:
     raise FmopsError(f"{source.uri} has neither config.json nor a .gguf file, so its model is not sized.")
 
 
-def _stages(project: Project, planner: Planner, steps: dict[str, Step]) -> Iterator[tuple[str, Work | None]]:
+def works(project: Project, planner: Planner) -> dict[str, Work | None]:
     """Each stage that computes, in order; None for one whose tokens nobody knows yet."""
+    return dict(_works(project, planner))
+
+
+def _works(project: Project, planner: Planner) -> Iterator[tuple[str, Work | None]]:
     spec = project.spec
-    for name, step in steps.items():
+    for name, step in planner.plan().items():
         stage, last = step.node.stage.name, planner.newest.get(name)
         seen = last.artifact.get("trained_tokens") if last else None
         if stage == "pretrain" and spec.pretrain:

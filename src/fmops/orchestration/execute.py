@@ -62,6 +62,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             seed=project.spec.seed,
             threads=project.threads,
             processes=project.spec.runtime.processes,
+            launcher=project.spec.runtime.launcher,
             sharding=project.spec.runtime.sharding,
             precision=project.spec.runtime.precision,
             micro_batch_parts=int(os.environ.get(MICRO_BATCH_PARTS, "1")),

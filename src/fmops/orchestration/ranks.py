@@ -1,4 +1,4 @@
-"""A stage in several processes that train together, under torchrun: it joins them, FMOps starts them again.
+"""A stage in several processes that train together, started by torchrun or by Ray Train.
 
 Enters: a stage function, its config, inputs and context. Leaves: its artifact, written by the first rank.
 Refuses: to start again what failed for a reason; a job whose processes die more than three times.
@@ -45,6 +45,8 @@ def run_in_ranks(
         FmopsError: as the function raises it; StageFailed when processes died more than `RESTARTS` times.
     """
     job = write_job(function, config, inputs=inputs, out=out, context=context)
+    if context.launcher == "ray":
+        return _on_ray(job, context=context)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(context.processes),
         "-m", "fmops.orchestration.ranks", str(job),
@@ -53,14 +55,9 @@ def run_in_ranks(
     kills = memory_kills()
     for attempt in range(RESTARTS + 1):
         events = _follow(command, environment=environment, context=context)
-        if "failed" in events:
-            failure = events["failed"]
-            raise _ENDINGS.get(failure["code"], FmopsError)(failure["error"])
-        if "finished" in events:
-            context.cost |= events["finished"]["cost"]
-            context.environment |= events["finished"]["environment"]
-            artifact: Artifact = restored(events["finished"]["artifact"])
-            return artifact
+        made = _artifact_of(events, context=context)
+        if made:
+            return made
         if memory_kills() > kills:
             raise OutOfMemory(f"one of {context.processes} training processes was killed for want of memory.")
         if attempt < RESTARTS:
@@ -69,10 +66,57 @@ def run_in_ranks(
             )
         # What a test asked for has happened.
         environment.pop("FMOPS_FAULT", None)
-    raise StageFailed(
+    raise _died(context)
+
+
+def _on_ray(job: Path, *, context: StageContext) -> Artifact:
+    """The same ranks as workers of Ray Train, which starts them again itself."""
+    from fmops.adapters.ray_train import train_on_ray
+
+    events: dict[str, Any] = {}
+    train_on_ray(
+        job,
+        workers=context.processes,
+        threads=context.threads,
+        restarts=RESTARTS,
+        run=run_reporting,
+        on_report=lambda line: _take(line, events, context=context),
+    )
+    made = _artifact_of(events, context=context)
+    if made:
+        return made
+    raise _died(context)
+
+
+def _died(context: StageContext) -> StageFailed:
+    return StageFailed(
         f"one of {context.processes} training processes died, {RESTARTS + 1} times. The log says which; "
         "runtime.processes 1 trains in one."
     )
+
+
+def _artifact_of(events: dict[str, Any], *, context: StageContext) -> Artifact | None:
+    """What the ranks' endings say: the artifact, the error that is raised, or neither."""
+    if "failed" in events:
+        failure = events["failed"]
+        raise _ENDINGS.get(failure["code"], FmopsError)(failure["error"])
+    if "finished" not in events:
+        return None
+    context.cost |= events["finished"]["cost"]
+    context.environment |= events["finished"]["environment"]
+    artifact: Artifact = restored(events["finished"]["artifact"])
+    return artifact
+
+
+def _take(line: str, endings: dict[str, Any], *, context: StageContext) -> None:
+    """Pass a rank's report on, or keep it where it says how the job ended."""
+    event = json.loads(line)
+    if event["event"] in ("failed", "finished"):
+        # The first failure is the cause; that of a rank left alone follows from it.
+        endings.setdefault(event["event"], event)
+        return
+    context.stream.write(line.rstrip("\n") + "\n")
+    context.stream.flush()
 
 
 def _follow(command: list[str], *, environment: dict[str, str], context: StageContext) -> dict[str, Any]:
@@ -85,13 +129,7 @@ def _follow(command: list[str], *, environment: dict[str, str], context: StageCo
         try:
             assert torchrun.stdout is not None
             for line in torchrun.stdout:
-                event = json.loads(line)
-                if event["event"] in ("failed", "finished"):
-                    # The first failure is the cause; that of a rank left alone follows from it.
-                    endings.setdefault(event["event"], event)
-                else:
-                    context.stream.write(line)
-                    context.stream.flush()
+                _take(line, endings, context=context)
         except BaseException:
             torchrun.terminate()
             raise
@@ -116,6 +154,7 @@ def write_job(
             "sharding": context.sharding,
             "precision": context.precision,
             "micro_batch_parts": context.micro_batch_parts,
+            "launcher": context.launcher,
         },
     }
     path = out / ".work" / JOB
@@ -171,6 +210,12 @@ def run_rank(job: Path, *, rank: int, reports: TextIO) -> None:
     if rank == 0:
         finished = {"artifact": stored(artifact), "cost": context.cost, "environment": context.environment}
         _report(reports, {"event": "finished", **finished})
+
+
+def run_reporting(job: Path, *, rank: int, reports: TextIO) -> None:
+    """`run_rank`, which also reports why it failed; the error goes on."""
+    with failure_reported(reports):
+        run_rank(job, rank=rank, reports=reports)
 
 
 @contextmanager

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fmops.errors import FmopsError, GateRejected, NeedMoreData
 from fmops.faults import fault_site
 from fmops.locks import locked
 from fmops.orchestration.events import EventLog, View
-from fmops.orchestration.launch import launch_local
+from fmops.orchestration.launch import Event, launch_local
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.signatures import sign_release
@@ -45,11 +45,20 @@ class Outcome:
         return self.folder is not None
 
 
-def run(project: Project, view: View, *, alias: Alias = "champion") -> Outcome:
+class Launcher(Protocol):
+    """Runs one node somewhere, and returns its committed record. It may be killed and started again at any point."""
+
+    def __call__(
+        self, project: Project, name: str, *, fingerprint: str, log: Path, on_event: Callable[[Event], None]
+    ) -> Record: ...
+
+
+def run(project: Project, view: View, *, alias: Alias = "champion", launch: Launcher = launch_local) -> Outcome:
     """Bring the workspace to what the spec says.
 
     Args:
         alias: what a promoted release becomes; a `challenger` still has to win its rollout.
+        launch: where stages run: in processes here, or as jobs of a cluster.
 
     Raises:
         GateRejected, NeedMoreData: the gate did not promote; its reasons are in the message. Nothing is released.
@@ -65,7 +74,7 @@ def run(project: Project, view: View, *, alias: Alias = "champion") -> Outcome:
                 discard_work(store.folder(step.record.stage, step.record.fingerprint))
         todo = [name for name, step in steps.items() if step.state in ("run", "waiting")]
         if todo:
-            return _Run(project, planner, steps, view, alias).go(todo)
+            return _Run(project, planner, steps, view, launch, alias).go(todo)
         _raise_unless_promoted(steps, None)
         # A kill between the release's commit and the move of the alias is made good here.
         champion = _promote(project, steps, alias, expected=store.aliases().get(alias), why="release was waiting")
@@ -80,6 +89,7 @@ class _Run:
     planner: Planner
     steps: dict[str, Step]
     view: View
+    launch: Launcher
     alias: Alias = "champion"
     folder: Path = field(init=False)
     log: EventLog = field(init=False)
@@ -135,7 +145,7 @@ class _Run:
             raise FmopsError(f"{name} cannot run: {step.reason}.")
         self.log.add(name, "started", fingerprint=step.fingerprint)
         try:
-            record = launch_local(
+            record = self.launch(
                 self.project,
                 name,
                 fingerprint=step.fingerprint,

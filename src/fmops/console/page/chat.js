@@ -100,7 +100,7 @@ function feedback(entry, meta) {
     correct.setAttribute("aria-expanded", String(!form.hidden));
     if (!form.hidden) text.focus();
   } }, "Correct…");
-  return h("div", { class: "feedback" }, thumb("up", "👍︎", "Good answer"), thumb("down", "👎︎", "Bad answer"), correct, told, form);
+  return h("div", { class: "feedback" }, thumb("up", "Good", "Good answer"), thumb("down", "Bad", "Bad answer"), correct, told, form);
 }
 
 // Server-sent events as parsed JSON; `[DONE]` ends them.

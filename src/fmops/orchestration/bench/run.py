@@ -84,7 +84,7 @@ async def play(event: Event, world: World, view: View, *, seed: int) -> Row:
         at_s = site.now_s
         await event.inject(site, view)
         injected_wall, mended = time.monotonic(), None
-        while len(site.served) < quiet + (size.patience if event.mended else size.patience // 2):
+        while len(site.served) < quiet + (size.patience if event.mended else size.patience // 4):
             await serve(site, users, event.mix)
             if event.mended and event.mended(site):
                 mended = len(site.served)

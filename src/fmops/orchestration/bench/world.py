@@ -58,7 +58,7 @@ FULL = Size(
 )  # fmt: skip
 QUICK = Size(
     facts=32, hidden=64, layers=2, pretrain_tokens=40_000, epochs=24, reference=160, shadow=0.5, answers=24,
-    patience=640, tail=48,
+    patience=1280, tail=48,
 )  # fmt: skip
 
 

@@ -1,0 +1,32 @@
+"""A Ray cluster of two nodes on this machine, with token authentication, for tests.
+
+Enters: nothing; imported before Ray is. Leaves: its address in RAY_ADDRESS while the block runs.
+Refuses: to touch another cluster: `ray stop` would end every one of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+# Ray reads its token once, when it is first asked for: before anything imports it.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@contextmanager
+def two_nodes() -> Iterator[Any]:
+    """A head and a worker node of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        with mock.patch.dict(os.environ, {"RAY_ADDRESS": cluster.address}):
+            yield cluster
+    finally:
+        cluster.shutdown()
