@@ -153,7 +153,7 @@ def test_a_newer_state_here_is_kept(shared, tmp_path):
 
 def test_a_bucket_that_refuses_is_said_once_and_training_goes_on(s3, shared, tmp_path):
     sealed(tmp_path / "work", 3)
-    s3.faults.append(local_s3.Fault("PUT", "/work/", 403, "AccessDenied", times=999))
+    s3.faults.append(local_s3.Fault("PUT", "work/", 403, "AccessDenied", times=999))
     said: list[str] = []
     told = threading.Event()
 

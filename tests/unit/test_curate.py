@@ -209,7 +209,9 @@ def test_what_is_dropped_is_counted_with_reasons(tmp_path: Path, base: Checkpoin
     unreadable = next(each for each in corpus.dropped if each.step == "unreadable").examples
     assert unreadable[0] == "new/new.jsonl:15: no UTF-8 at byte 13"
     assert unreadable[1] == "new/new.jsonl:16: text is int"
-    assert f"4 files or rows could not be read and are left out; the first: {unreadable[0]}" in context.stream.getvalue()
+    assert (
+        f"4 files or rows could not be read and are left out; the first: {unreadable[0]}" in context.stream.getvalue()
+    )
     language = next(each for each in corpus.dropped if each.step == "language").examples
     assert language[0].startswith("new/new.jsonl:11 (fr): Le chat dort")
 

@@ -63,7 +63,7 @@ class KubeRay:
         """What the pod does: the entrypoint, with its folders somewhere else."""
         command = job["spec"]["entrypoint"].split()
         assert command[0] == "fmops"
-        places = {"/srv/lifecycle.yaml": str(self.spec), "/work/fmops": str(self.spec.parent / "pod")}
+        places = {"/srv/lifecycle.yaml": str(self.spec), "/scratch/fmops": str(self.spec.parent / "pod")}
         command = [sys.executable, "-m", *(places.get(part, part) for part in command)]
         done = subprocess.run(command, capture_output=True, text=True)
         self.say(job, "Submitting job…", *done.stdout.splitlines())

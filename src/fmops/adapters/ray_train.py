@@ -86,7 +86,9 @@ def _connected(variables: dict[str, str]) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address=address, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            address=address, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level=logging.WARNING
+        )
     except (ConnectionError, RuntimeError) as error:
         raise FmopsError(
             f"no Ray cluster at RAY_ADDRESS {address!r}: {str(error).splitlines()[0]}. Start one (`ray start --head`), "

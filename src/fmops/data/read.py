@@ -170,7 +170,10 @@ def _read_text(stream: IO[bytes], name: str) -> Iterator[Row | Unreadable]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            yield Unreadable(f"{name}:{number}", f"no UTF-8 at byte {error.start} of the line; convert the file, for example with iconv")
+            yield Unreadable(
+                f"{name}:{number}",
+                f"no UTF-8 at byte {error.start} of the line; convert the file, for example with iconv",
+            )
             return
         if "\0" in text:
             yield Unreadable(f"{name}:{number}", "holds a zero byte; no text")

@@ -23,7 +23,7 @@ ACCOUNT = "stages"
 VERSION = "ray.io/v1"
 RAY = "2.60.0"
 SPEC_FOLDER = "/srv"
-WORKSPACE = "/work/fmops"
+WORKSPACE = "/scratch/fmops"
 REMOTE = ("s3://", "hf://", "pypi://", "http://", "https://")
 GRACE_S = 110
 """Of a pod that must go: spot gives two minutes; a stage writes a resume state within seconds of SIGTERM."""
@@ -181,11 +181,11 @@ def _pod(share: Share, *, spec: str, image: str, environment: Mapping[str, str])
         "image": image,
         "resources": share.resources,
         "securityContext": SECURITY,
-        "env": [{"name": "HOME", "value": "/work"}]
+        "env": [{"name": "HOME", "value": "/scratch"}]
         + [{"name": name, "value": value} for name, value in sorted(environment.items())],
         "volumeMounts": [
             {"name": "spec", "mountPath": f"{SPEC_FOLDER}/lifecycle.yaml", "subPath": "lifecycle.yaml"},
-            {"name": "work", "mountPath": "/work"},
+            {"name": "work", "mountPath": "/scratch"},
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }
