@@ -80,13 +80,16 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> FmopsError:
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error, or one behind it, came from a full disk. SQLite and safetensors say it in words only."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno == errno.ENOSPC:
+    behind: BaseException | None = error
+    seen: set[int] = set()
+    # An error raised again while it is handled can stand behind itself.
+    while behind is not None and id(behind) not in seen:
+        seen.add(id(behind))
+        if isinstance(behind, OSError) and behind.errno == errno.ENOSPC:
             return True
-        if "disk is full" in str(seen) or "No space left" in str(seen):
+        if "disk is full" in str(behind) or "No space left" in str(behind):
             return True
-        seen = seen.__cause__ or seen.__context__
+        behind = behind.__cause__ or behind.__context__
     return False
 
 
