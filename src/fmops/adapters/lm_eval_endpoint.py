@@ -3,10 +3,9 @@
 Enters: an OpenAI-compatible endpoint, requests. Leaves: greedy answers, log-likelihoods of prompts.
 Refuses: log-likelihoods of chats, and options that are not greedy.
 
-Log-likelihoods come from `echo` with `logprobs`; the first token of a text has none and counts as nothing;
-an answer that
-fuses with its context into one token is read as the server reads the whole. Both arms of
-a comparison are asked alike: the engine is part of the protocol.
+Log-likelihoods come from `echo` with `logprobs`. The first token of a text has none and counts as nothing; an answer
+that fuses with its context into one token is read as the server reads the whole. Both arms of a comparison are asked
+alike: the engine is part of the protocol.
 """
 
 from __future__ import annotations
