@@ -48,6 +48,17 @@ def test_stages_run_once_each_in_the_order_of_the_lifecycle(tmp_path):
     assert statuses(project) == ["SUCCESS"]
 
 
+def test_a_run_in_the_background_can_be_ended(tmp_path):
+    # A shell gives its background jobs SIGINT ignored; Dagster binds SIGTERM to SIGINT. Engines would inherit both.
+    project, records = opened(tmp_path)
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(project, lambda name: records[name], "pretrain")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 def test_only_the_selection_runs(tmp_path):
     project, records = opened(tmp_path)
     seen: list[str] = []

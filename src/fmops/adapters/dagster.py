@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +81,7 @@ def run_in_process(graph: Graph, execute: Execute, *, dagster_home: Path, select
             blocked.append(name)
         return record
 
-    with open_instance(dagster_home) as instance:
+    with open_instance(dagster_home) as instance, _own_sigterm():
         try:
             dg.materialize(
                 [*assets(graph, guarded), *source_assets(graph)],
@@ -96,6 +99,17 @@ def run_in_process(graph: Graph, execute: Execute, *, dagster_home: Path, select
             if not blocked:
                 raise
     return not blocked
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Give SIGTERM back: Dagster leaves it bound to what SIGINT does, which is nothing in a job of the background."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def open_instance(home: Path) -> dg.DagsterInstance:
