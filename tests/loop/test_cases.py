@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import local_s3
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,17 +31,29 @@ def test_a_case_tells_all_four_things(case):
     assert -1 not in places
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    """The environment of who has a bucket: an S3 API on this machine."""
+    with local_s3.serve() as served:
+        yield {**served.environment, "FMOPS_STORE": f"s3://{local_s3.BUCKET}"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_case_runs_as_its_readme_says(case, tmp_path):
+def test_a_case_runs_as_its_readme_says(case, tmp_path, request):
     kept = shutil.ignore_patterns(".fmops", "data", "__pycache__")
     for folder in ("quickstart", case):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=kept)
     text = (ROOT / case / "README.md").read_text(encoding="utf-8")
-    for variable in re.findall(r"^Needs: `(\w+)`", text, re.MULTILINE):
-        if variable not in os.environ:
-            pytest.skip(f"{variable} names no command: the README says how to get it")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for variable in re.findall(r"^Needs: `(\w+)`", text, re.MULTILINE):
+        if variable == "FMOPS_STORE":
+            environment |= request.getfixturevalue("bucket")
+            environment["FMOPS_STORE"] += f"/{case.name}"
+        elif variable.islower():
+            pytest.importorskip(variable, reason=f"{variable} is not installed")
+        elif variable not in os.environ:
+            pytest.skip(f"{variable} names no command: the README says how to get it")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 3
     for code in blocks:

@@ -40,6 +40,16 @@ def test_gpus_by_weights_and_requests(config, weight_bytes, max_tokens, gpus):
     assert found.memory_gib >= 8 + weight_bytes / 2**30
 
 
+@pytest.mark.parametrize("device", ["gpu", "neuron"])
+def test_a_small_replica_fits_the_smallest_node_beside_what_runs_on_every_node(device):
+    # Nine heads are not cut over the two cores of a chip.
+    config = SMOLLM if device == "gpu" else {**SMOLLM, "num_attention_heads": 32}
+    found = replica_for(config, weight_bytes=538_000_000, device=device, max_tokens=2048)
+    # g5.xlarge, g6.xlarge, inf2.xlarge: 4 vCPU and 16 GiB.
+    assert found.cpu < 4
+    assert found.memory_gib < 14
+
+
 def test_a_chip_of_inferentia_takes_two_parts():
     found = replica_for(LLAMA_8B, weight_bytes=16_060_000_000, device="neuron", max_tokens=2048)
     assert (found.accelerators, found.parallel) == (1, 2)

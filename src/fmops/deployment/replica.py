@@ -21,6 +21,8 @@ CONCURRENT = 8
 SERVED_BYTES = 2
 """A weight in bfloat16, which vLLM takes for float32 as well."""
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPUS = 3
+"""An accelerator's. The smallest nodes have 4, of which the kubelet and the daemon sets take some."""
 OVERHEAD_BYTES = 2_000_000_000
 """Of an accelerator: activations, graphs, the runtime itself."""
 
@@ -91,7 +93,7 @@ def replica_for(config: Mapping[str, Any], *, weight_bytes: int, device: Device,
             # Weights pass through the host's memory on their way.
             memory = 8 + -(-int(1.25 * weight_bytes) // 2**30)
             return Replica(
-                device=device, accelerators=count, parallel=parallel, cpu=4 * count, memory_gib=memory,
+                device=device, accelerators=count, parallel=parallel, cpu=CPUS * count, memory_gib=memory,
                 max_tokens=max_tokens,
             )  # fmt: skip
     raise FmopsError(

@@ -140,9 +140,22 @@ def plan_deployment(project: Project, key: str, *, platform: Platform, by: By, s
     return Deployment(record, release, replica, service, tuple(others))
 
 
+class _Readable(yaml.SafeDumper):  # type: ignore[misc]
+    """Each value where it stands, without anchors; texts of several lines as lines."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Readable.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
 def render(deployment: Deployment) -> str:
     """The manifests as YAML."""
-    return yaml.safe_dump_all(deployment.manifests, sort_keys=False, width=120)
+    return str(yaml.dump_all(deployment.manifests, Dumper=_Readable, sort_keys=False, width=120))
 
 
 def deploy_release(
