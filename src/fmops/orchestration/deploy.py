@@ -140,7 +140,7 @@ def plan_deployment(project: Project, key: str, *, platform: Platform, by: By, s
     return Deployment(record, release, replica, service, tuple(others))
 
 
-class _Readable(yaml.SafeDumper):  # type: ignore[misc]
+class _Readable(yaml.SafeDumper):
     """Each value where it stands, without anchors; texts of several lines as lines."""
 
     def ignore_aliases(self, data: Any) -> bool:
