@@ -34,7 +34,7 @@ def given(case: str, inputs: Path) -> dict[str, Any]:
     model = inputs / "model"
     artifacts: dict[str, Any] = {"checkpoint": a_checkpoint(inputs / "base", model)}
     if case == "instruct":
-        artifacts["conversations"] = some_conversations(inputs / "talk")
+        artifacts["conversations"] = some_conversations(inputs / "talk", train=48)
     else:
         artifacts["corpus"] = a_corpus(inputs / "corpus", model)
     return {"function": STAGES[case.partition("-")[0]].function, "config": CASES[case], "inputs": artifacts}
