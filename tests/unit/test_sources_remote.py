@@ -261,3 +261,14 @@ def test_a_hub_data_set_gives_the_files_that_a_glob_names(hub: Any, tmp_path: Pa
     assert found.startswith("data/train.jsonl ")
     assert "no such repository" in hub_files(hub, "hf://acme/none", tmp_path)
     assert "ERROR 'hf://acme' is no hub address" in hub_files(hub, "hf://acme", tmp_path)
+
+
+def test_a_hub_that_is_not_there_is_named_and_a_copy_fetched_before_stands_in(hub: Any, tmp_path: Path) -> None:
+    before = hub_files(hub, "hf://acme/toy@main", tmp_path)
+    assert "model.safetensors" in before
+    hub.shutdown()
+    hub.server_close()
+    assert hub_files(hub, "hf://acme/toy@main", tmp_path) == before
+    refused = hub_files(hub, "hf://acme/other@main", tmp_path)
+    assert "ERROR hf://acme/other@main: the hub cannot be reached" in refused
+    assert "or name a local path" in refused

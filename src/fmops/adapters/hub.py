@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import httpx
+import httpx2  # the client of huggingface_hub: its errors come through unwrapped
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -71,7 +71,7 @@ def fetch_hub(address: str, *, cache: Path, kept: Fetched | None, report: Report
     return Fetched(files=files, version=commit, pinned=_COMMIT.fullmatch(revision) is not None)
 
 
-_UNREACHABLE = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError)
+_UNREACHABLE = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError, OSError)
 
 
 def _listing(repo: str, *, kind: str, revision: str) -> tuple[str, list[str]]:
