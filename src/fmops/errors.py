@@ -30,6 +30,22 @@ class FmopsError(Exception):
     exit_code = EXIT_USAGE
 
 
+class SpecMistake(FmopsError):
+    """A part of the spec that does not go with the rest; `at` is the path of the key to change."""
+
+    def __init__(self, at: tuple[str | int, ...], text: str) -> None:
+        super().__init__(text)
+        self.at = at
+
+
+class SpecMistakes(ValueError):
+    """All of them at once."""
+
+    def __init__(self, mistakes: list[SpecMistake]) -> None:
+        super().__init__(" ".join(map(str, mistakes)))
+        self.mistakes = mistakes
+
+
 class StageFailed(FmopsError):
     """A stage process ended without committing its artifact."""
 

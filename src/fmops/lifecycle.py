@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from fmops.artifacts import Frozen
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, SpecMistakes
 
 
 def _as_tuple(value: Any) -> Any:
@@ -25,6 +25,7 @@ Uris = Annotated[
     BeforeValidator(_as_tuple, json_schema_input_type=str | list[str]),
     Field(min_length=1, description="One URI or a list: hf://, s3:// (any fsspec URL), pypi://, a path or a glob."),
 ]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple, json_schema_input_type=str | list[str])]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Tuning = Literal["full", "lora"]
@@ -200,7 +201,7 @@ class Judge(Frozen):
 class Evaluate(Frozen):
     """What is measured, of the base, after pretraining and after finetuning."""
 
-    suites: tuple[str, ...] = Field(
+    suites: Names = Field(
         ("capability", "domain", "forgetting", "harm", "over-refusal", "bias"),
         min_length=1,
         description="Suite names, or paths to suite files.",
@@ -234,7 +235,7 @@ class Gate(Frozen):
     margins: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Tolerated loss by family, in the family's own unit. Left out: the suite's own margin."
     )
-    primary: tuple[str, ...] = Field(
+    primary: Names = Field(
         ("domain",), description="Families of which at least one must improve; [] asks for no regression only."
     )
 
@@ -357,8 +358,9 @@ class Lifecycle(Frozen):
     def _possible(self) -> Lifecycle:
         from fmops.combinations import impossible
 
-        for problem in impossible(self):
-            raise ValueError(problem)
+        mistakes = impossible(self)
+        if mistakes:
+            raise SpecMistakes(mistakes)
         return self
 
 
@@ -376,5 +378,4 @@ def read_lifecycle(path: Path) -> Lifecycle:
     try:
         return Lifecycle.model_validate(document.value)
     except ValidationError as error:
-        problems = [document.explain(item, Lifecycle) for item in error.errors(include_url=False)]
-        raise FmopsError("\n".join(dict.fromkeys(problems))) from None
+        raise document.refused(error, Lifecycle) from None

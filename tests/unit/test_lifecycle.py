@@ -9,6 +9,7 @@ import pytest
 
 from fmops.errors import FmopsError
 from fmops.lifecycle import Lifecycle, read_lifecycle
+from fmops.orchestration.project import Project
 from fmops.starter import SCHEMA, lifecycle_schema, write_starter
 
 GOOD = """\
@@ -43,8 +44,9 @@ def test_a_spec_becomes_a_typed_object(tmp_path):
 
 
 def test_numbers_in_scientific_notation_are_numbers(tmp_path):
-    spec = read(tmp_path, GOOD + "  learning_rate: 3e-5\n")
+    spec = read(tmp_path, GOOD.replace("16_000", "1e9") + "  learning_rate: 3e-5\n")
     assert spec.pretrain is not None
+    assert spec.pretrain.tokens == 1_000_000_000
     assert spec.pretrain.learning_rate == 3e-5
 
 
@@ -60,14 +62,14 @@ def test_an_unknown_key_inside_a_named_corpus_is_found(tmp_path):
 
 def test_every_mistake_is_told_at_once(tmp_path):
     message = refused(tmp_path, GOOD.replace("16_000", "many") + "colour: blue\n")
-    assert "lifecycle.yaml:7: pretrain.tokens:" in message
+    assert "lifecycle.yaml:7: pretrain.tokens must be a whole number" in message
     assert "got 'many'" in message
     assert "lifecycle.yaml:8: unknown key 'colour'." in message
 
 
 def test_a_wrong_choice_names_the_nearest(tmp_path):
     message = refused(tmp_path, GOOD + "  tuning: lara\n")
-    assert "lifecycle.yaml:8: pretrain.tuning:" in message
+    assert "lifecycle.yaml:8: pretrain.tuning must be 'full' or 'lora'" in message
     assert "Did you mean 'lora'?" in message
 
 
@@ -95,6 +97,63 @@ def test_a_missing_key_is_named(tmp_path):
 )
 def test_what_could_not_run_is_refused_with_the_remedy(tmp_path, text, problem):
     assert problem in refused(tmp_path, text)
+
+
+def test_all_that_could_not_run_is_told_at_once_each_with_its_line(tmp_path):
+    message = refused(tmp_path, GOOD + "  old_domain_ceiling: 0.1\ninstruct: {}\ngate: {}\n")
+    assert "lifecycle.yaml:8: pretrain.old_domain_ceiling needs a corpus with role replay" in message
+    assert "lifecycle.yaml:9: instruct needs data.conversations" in message
+    assert "lifecycle.yaml:10: gate needs evaluate" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("evaluate: {suites: [capabilty]}", "unknown suite 'capabilty'. Did you mean 'capability'?"),
+        (
+            "evaluate: {suites: bias}\ngate: {primary: [], margins: {bais: 1}}",
+            "unknown family under gate.margins 'bais'. Did you mean 'bias'?",
+        ),
+        ("rollout: {margins: {refusd: 0.1}}", "unknown signal under rollout.margins 'refusd'. Did you mean 'refused'?"),
+        ("monitor: {tolerances: {slo: 0.1}}", "unknown signal under monitor.tolerances 'slo'. Did you mean 'slow'?"),
+    ],
+)
+def test_a_name_that_there_is_not_is_told_with_its_line_before_anything_runs(tmp_path, text, told):
+    path = tmp_path / "lifecycle.yaml"
+    path.write_text(GOOD + text)
+    with pytest.raises(FmopsError) as caught:
+        Project.open(path)
+    assert f"lifecycle.yaml:{8 + text.count(chr(10))}: {told}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: no\nbase: b", "lifecycle.yaml:1: name must be text, got false. YAML reads it otherwise"),
+        ("name: My Model\nbase: b", "name does not fit: Lower-case letters, digits, hyphens, got 'My Model'"),
+        (
+            "name: a\nbase: b\ninstruct: true",
+            "yaml:3: instruct must be a mapping of keys to values, got true",
+        ),
+        ("name: a\nbase: b\ndata: {corpora: {5: {source: a}}}", "data.corpora.5 must be text, got 5"),
+        ("name: a\nbase: b\npretrain: {tokens: 1.5}", "pretrain.tokens must be a whole number, got 1.5"),
+    ],
+)
+def test_a_wrong_type_is_told_in_words_of_yaml(tmp_path, text, told):
+    assert told in refused(tmp_path, text)
+
+
+def test_one_name_may_stand_without_a_list(tmp_path):
+    spec = read(tmp_path, GOOD + "evaluate: {suites: domain}\ngate: {primary: domain}\n")
+    assert spec.evaluate is not None
+    assert spec.evaluate.suites == ("domain",)
+
+
+def test_a_spec_elsewhere_is_named_by_its_path(tmp_path, monkeypatch):
+    text = GOOD + "colour: blue\n"
+    assert refused(tmp_path, text).startswith(f"{tmp_path}/lifecycle.yaml:8: ")
+    monkeypatch.chdir(tmp_path)
+    assert refused(tmp_path, text).startswith("lifecycle.yaml:8: ")
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

@@ -107,8 +107,8 @@ def test_a_missing_suite_file_says_where(tmp_path):
     ("wrong", "right", "told"),
     [
         ("marg: 0.05", "margin: 0.05", r"quiz.yaml:4: unknown key 'marg'. Did you mean 'margin'\?"),
-        ("margin: -1", "margin: 0.05", r"quiz.yaml:4: margin: .*greater than 0"),
-        ("metrics: []", "metrics: [acc]", r"quiz.yaml:12: tasks.sums.metrics: "),
+        ("margin: -1", "margin: 0.05", r"quiz.yaml:4: margin must be greater than 0, got -1"),
+        ("metrics: []", "metrics: [acc]", r"quiz.yaml:12: tasks.sums.metrics must not be empty, got \[\]"),
         ("metrics: [refusal]", "metrics: [acc]", r"metric refusal judges generated text"),
         ("only: {question: '('}", "form: lettered", r"the pattern for question is no regular expression"),
         ("corpus: new", "form: lettered", r"give either `source` \(items\), `items` \(here\) or `corpus`"),

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fmops.artifacts import Frozen
-from fmops.errors import FmopsError, unknown
+from fmops.errors import FmopsError, SpecMistake, unknown
 from fmops.integrity import sha256
 from fmops.yaml_lines import parse_yaml
 
@@ -172,8 +172,7 @@ def read_suite(path: Path) -> Suite:
     try:
         return Suite.model_validate(document.value)
     except ValidationError as error:
-        problems = [document.explain(item, Suite) for item in error.errors(include_url=False)]
-        raise FmopsError("\n".join(dict.fromkeys(problems))) from None
+        raise document.refused(error, Suite) from None
 
 
 def load_suite(name: str, *, root: Path) -> Suite:
@@ -185,7 +184,7 @@ def load_suite(name: str, *, root: Path) -> Suite:
     if is_path(name):
         return read_suite(root / name)
     if name not in suite_names():
-        raise unknown("suite", name, suite_names())
+        raise SpecMistake(("evaluate", "suites", name), str(unknown("suite", name, suite_names())))
     return read_suite(PACKAGED / f"{name}.yaml")
 
 

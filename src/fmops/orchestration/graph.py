@@ -1,18 +1,18 @@
 """The spec as a graph of stages.
 
 Enters: a `Lifecycle`. Leaves: nodes in the order they run, each with its config, its inputs and why it is there.
-Refuses: a family under `gate` that no suite measures; everything else in the spec has been validated before.
+Refuses: suites, families and signals that there are none of; everything else in the spec has been validated before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from fmops.artifacts import Frozen
-from fmops.errors import unknown
+from fmops.errors import SpecMistake, unknown
 from fmops.jobs import (
     BenchmarksJob,
     CorpusPart,
@@ -72,12 +72,35 @@ class Graph:
 
 
 def build(spec: Lifecycle, root: Path) -> Graph:
-    """Make the graph of a spec whose relative paths start at `root`."""
+    """Make the graph of a spec whose relative paths start at `root`.
+
+    Raises:
+        SpecMistake: a suite, family or signal that there is none of; with the key that names it.
+    """
+    _refuse_unknown_signals(spec)
     builder = _Builder(spec, root)
     builder.prepare()
     checkpoint, report = builder.train()
     builder.decide(checkpoint, report)
     return Graph(spec=spec, root=root, nodes=builder.nodes)
+
+
+def _refuse_unknown_signals(spec: Lifecycle) -> None:
+    if spec.rollout.margins:
+        from fmops.deployment.rollout.evidence import SIGNALS
+
+        _refuse_others(spec.rollout.margins, SIGNALS, what="signal", at=("rollout", "margins"))
+    if spec.monitor.tolerances:
+        from fmops.deployment.monitoring.watch import RATES
+
+        _refuse_others(spec.monitor.tolerances, RATES, what="signal", at=("monitor", "tolerances"))
+
+
+def _refuse_others(named: Iterable[str], choices: Iterable[str], *, what: str, at: tuple[str, ...]) -> None:
+    known = set(choices)
+    for name in named:
+        if name not in known:
+            raise SpecMistake((*at, name), str(unknown(f"{what} under {'.'.join(at)}", name, known)))
 
 
 class _Builder:
@@ -109,10 +132,9 @@ class _Builder:
             from fmops.evaluation.suites import load_suite, packaged_texts, suite_sources
 
             families = {load_suite(name, root=self.root).family for name in spec.evaluate.suites}
-            for family in (*spec.gate.margins, *spec.gate.primary) if spec.gate else ():
-                # Found out by the gate itself, it would cost the whole training.
-                if family not in families:
-                    raise unknown("family under gate", family, families)
+            # Found out by the gate itself, it would cost the whole training.
+            for key, named in (("margins", spec.gate.margins), ("primary", spec.gate.primary)) if spec.gate else ():
+                _refuse_others(named, families, what="family", at=("gate", key))
             pinned = {name: (uri,) for name, uri in suite_sources(spec.evaluate.suites, root=self.root).items()}
             # With rotation all items are pinned, and kept out of the training data; a round asks some of them.
             job = BenchmarksJob(

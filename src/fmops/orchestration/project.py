@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmops.artifacts import Source
+from fmops.errors import FmopsError, SpecMistake
 from fmops.lifecycle import Lifecycle, read_lifecycle
 from fmops.orchestration.graph import Graph, build
 from fmops.orchestration.plan import Planner, wanted_sources
 from fmops.shared import Shared
 from fmops.store import Store
+from fmops.yaml_lines import parse_yaml
 
 WORKSPACE = ".fmops"
 STORE = "FMOPS_STORE"
@@ -39,7 +41,11 @@ class Project:
         spec = read_lifecycle(path)
         root = (workspace or path.parent / WORKSPACE).resolve()
         store = Store(root, shared=_shared(spec, root))
-        return cls(spec_path=path, spec=spec, graph=build(spec, path.parent), store=store)
+        try:
+            graph = build(spec, path.parent)
+        except SpecMistake as mistake:
+            raise FmopsError(parse_yaml(path).point(mistake)) from None
+        return cls(spec_path=path, spec=spec, graph=graph, store=store)
 
     def resolve_sources(
         self, report: Callable[[str], None] | None = None, *, only: str | None = None
