@@ -38,6 +38,9 @@ class FakeEngine:
         self.left = 0
         self.words: list[str] | None = None
         """What it says instead of its release's name."""
+        self.slots: int | None = None
+        """As many as it says it advances at once; it refuses more than five times as many, like ours."""
+        self.inside = self.most_inside = 0
         self.draining = False
         """Like [503] in every prompt."""
         self.waiting = threading.Semaphore(0)
@@ -84,6 +87,17 @@ class FakeEngine:
         text = json.dumps(body)
         if path == "/health":
             return _whole(writer, 200, {"status": "ok", "release": self.release}, self.release)
+        if self.slots and self.inside >= 5 * self.slots:
+            error = {"error": {"message": "full", "type": "x", "param": None, "code": "overloaded"}}
+            return _whole(writer, 429, error, self.release, slots=self.slots)
+        self.inside += 1
+        self.most_inside = max(self.inside, self.most_inside)
+        try:
+            return await self._say(path, body, text, headers, reader, writer)
+        finally:
+            self.inside -= 1
+
+    async def _say(self, path, body, text, headers, reader, writer) -> bool:
         for status in (429, 500, 503):
             if f"[{status}]" in text or (status == 503 and self.draining):
                 error = {"error": {"message": f"scripted {status}", "type": "x", "param": None, "code": "scripted"}}
@@ -104,10 +118,13 @@ class FakeEngine:
             await self._pause(text, reader)
             said = {"message": {"role": "assistant", "content": "".join(words)}} if chat else {"text": "".join(words)}
             choice = {"index": 0, **said, "finish_reason": "stop"}
-            return _whole(writer, 200, {**frame, "choices": [choice], "usage": usage}, release)
+            return _whole(writer, 200, {**frame, "choices": [choice], "usage": usage}, release, slots=self.slots)
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
-            b"x-fmops-release: " + release.encode() + b"\r\n\r\n"
+            + (b"x-fmops-slots: %d\r\n" % self.slots if self.slots else b"")
+            + b"x-fmops-release: "
+            + release.encode()
+            + b"\r\n\r\n"
         )
         for number, word in enumerate(words):
             said = {"delta": {"content": word}} if chat else {"text": word}
@@ -141,9 +158,10 @@ class FakeEngine:
         return True
 
 
-def _whole(writer, status: int, value: dict, release: str) -> bool:
+def _whole(writer, status: int, value: dict, release: str, *, slots: int | None = None) -> bool:
     body = json.dumps(value).encode()
     wait = b"retry-after: 3\r\n" if status in (429, 503) else b""
+    wait += b"x-fmops-slots: %d\r\n" % slots if slots else b""
     writer.write(
         b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sx-fmops-release: %s\r\n\r\n%s"
         % (status, len(body), wait, release.encode(), body)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -407,6 +408,72 @@ def test_a_full_engine_says_when_to_come_back(door):
         answer = door.client.post(CHAT, json=asking(mark))
         assert (answer.status_code, answer.headers["retry-after"]) == (status, "3")
         assert answer.json()["error"]["message"] == f"scripted {status}"
+
+
+def test_a_full_engine_is_waited_for_within_bounds(tmp_path):
+    with FakeEngine("release-old") as engine, gateway(tmp_path, engine) as door:
+        engine.slots = 1
+        assert door.client.post(CHAT, json=HELLO).status_code == 200
+        with ThreadPoolExecutor(6) as clients:
+            asked = [
+                clients.submit(door.client.post, CHAT, json=asking("[wait]", stream=number % 2 == 0))
+                for number in range(6)
+            ]
+            until(lambda: door.desk.engines.waiting == 4)
+            assert "fmops_gateway_requests_waiting 4.0" in httpx.get(f"{door.admin}/metrics").text
+            engine.release_all()
+            assert [answer.result().status_code for answer in asked] == [200] * 6
+        assert engine.most_inside == 2
+        assert {trace.status for trace in door.traces(7)} == {200}
+
+
+def test_an_engine_that_stays_full_is_waited_for_no_longer_than_allowed(tmp_path):
+    with (
+        FakeEngine("release-old") as engine,
+        gateway(tmp_path, engine, limits=Limits(wait_s=0.2)) as door,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        engine.slots = 1
+        assert door.client.post(CHAT, json=HELLO).status_code == 200
+        inside = [clients.submit(door.client.post, CHAT, json=asking("[wait]")) for _ in range(2)]
+        until(lambda: engine.inside == 2)
+        refused = door.client.post(CHAT, json=HELLO)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["code"] == "overloaded"
+        engine.release_all()
+        assert [answer.result().status_code for answer in inside] == [200, 200]
+        # Nothing of it is the engine's fault: no failure, and the line is empty again.
+        assert door.desk.engines.waiting == 0
+        assert door.client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_burst_at_an_engine_nobody_knows_yet_is_answered_whole(tmp_path):
+    with FakeEngine("release-old") as engine, gateway(tmp_path, engine) as door, ThreadPoolExecutor(12) as clients:
+        engine.slots = 1
+        asked = [clients.submit(door.client.post, CHAT, json=asking("[wait]")) for _ in range(12)]
+        # Five are inside, the others were told that it is full.
+        until(lambda: engine.inside == 5 and door.desk.engines.waiting == 7)
+        engine.release_all()
+        assert [answer.result().status_code for answer in asked] == [200] * 12
+
+
+def test_a_mirror_takes_what_is_free_and_never_stands_in_line(tmp_path):
+    with (
+        FakeEngine("release-old") as old,
+        FakeEngine("release-new") as new,
+        gateway(tmp_path, old, new, shadow_share=1.0) as door,
+    ):
+        old.release_all()
+        new.slots = 1
+        assert door.client.post(CHAT, json=HELLO).status_code == 200
+        door.traces(2)
+        for _ in range(4):
+            assert door.client.post(CHAT, json=asking("[wait]")).status_code == 200
+        # Five answers, the first mirror, and two that found no place; two more are under way.
+        mirrored = [trace for trace in door.traces(8) if trace.arm == "shadow"]
+        assert [trace.status for trace in mirrored] == [200, 429, 429]
+        new.release_all()
+        door.traces(10)
 
 
 def test_an_engine_that_is_another_release_answers_nobody(door):

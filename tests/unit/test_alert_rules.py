@@ -62,7 +62,7 @@ def test_every_alert_has_a_case_a_severity_and_says_what_to_do():
 
 def exported() -> str:
     """Everything that gateway, rollout and monitor export, on real values."""
-    gateway = GatewayMetrics(in_flight=lambda: 0, routes_version=lambda: 1)
+    gateway = GatewayMetrics(in_flight=lambda: 0, waiting=lambda: 0, routes_version=lambda: 1)
     for trace in Production(seed=0, rates={"failed": 0.0, "secret": 1.0}).serve(3, canary=0.5):
         gateway.answered(trace)
     gateway.refused.labels("overloaded").inc()

@@ -25,7 +25,7 @@ from fmops.deployment.serving.engine import EngineError, Generation, PromptError
 from fmops.deployment.serving.replies import Kind, Reply
 from fmops.deployment.serving.server import bind, run_server
 from fmops.deployment.serving.service import Answer, Service
-from fmops.deployment.serving.wire import DONE, GONE, bears, error_response, event, read_json
+from fmops.deployment.serving.wire import DONE, GONE, SLOTS, bears, error_response, event, read_json
 from fmops.deployment.verify import verify_release
 from fmops.errors import FmopsError
 from fmops.lifecycle import Serve
@@ -118,6 +118,7 @@ class _Api:
                 response = Response(status_code=GONE)
             self._service.metrics.requests.labels(route, str(response.status_code)).inc()
             response.headers["x-fmops-release"] = self._service.version
+            response.headers[SLOTS] = str(self._service.engine.slots)
             return response
 
         return handle

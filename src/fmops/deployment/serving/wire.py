@@ -21,6 +21,8 @@ BODY_S = 30.0
 """Longest time that a client may take to send its request."""
 GONE = 499
 """The client hung up: nobody reads this status, proxies and our metrics log it."""
+SLOTS = "x-fmops-slots"
+"""Header by which an engine says how many requests it advances at once."""
 DONE = b"data: [DONE]\n\n"
 
 

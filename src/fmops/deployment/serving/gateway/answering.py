@@ -17,9 +17,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fmops.deployment.serving.bodies import ChatBody, RequestError
+from fmops.deployment.serving.gateway.circuit import EngineDown
 from fmops.deployment.serving.gateway.desk import Desk, Job, Place
 from fmops.deployment.serving.gateway.tracing import Exchange, last_user_text, system_text
-from fmops.deployment.serving.gateway.upstream import EngineDown, Reply
+from fmops.deployment.serving.gateway.upstream import Reply
 from fmops.deployment.serving.routes import Target, draw
 from fmops.deployment.serving.wire import DONE, GONE, error_response, event
 from fmops.traces import Arm
@@ -82,15 +83,16 @@ class Answering(Response):
             again = self._exchange(f"{request_id}-2", "champion", now, retry_of=exchange.id)
             down = await self._attempt(again, now, send)
         if down is not None:
-            refusal = RequestError(
-                str(down), code="engine_failed", status=down.status, retry_after_s=down.retry_after_s or 1
-            )
+            refusal = RequestError(str(down), code=down.code, status=down.status, retry_after_s=down.retry_after_s or 1)
             await self._send(send, error_response(refusal), release=None)
 
     async def _attempt(self, exchange: Exchange, target: Target | None, send: Send) -> EngineDown | None:
         """One exchange, traced however it ends; returns why there was no answer, while the client has got nothing."""
+        reply = None
         try:
-            reply = await self._ask(exchange, target, stream=bool(self._job.body.stream))
+            desk = self._desk
+            left_s = max(0.0, desk.limits.wait_s - (desk.clock() - self._job.arrived))
+            reply = await self._ask(exchange, target, stream=bool(self._job.body.stream), wait_s=left_s)
             exchange.status = reply.status
             if reply.is_stream:
                 await self._relay(exchange, reply, send)
@@ -105,19 +107,22 @@ class Answering(Response):
             exchange.status = exchange.status or 503
             raise
         finally:
+            if reply:
+                reply.close()
             trace = self._desk.remember(exchange)
             unread = trace.prompt_tokens or (self._job.prompt_guess if trace.completion_tokens else 0)
             self._job.used += unread + trace.completion_tokens
         return None
 
-    async def _ask(self, exchange: Exchange, target: Target | None, *, stream: bool) -> Reply:
+    async def _ask(self, exchange: Exchange, target: Target | None, *, stream: bool, wait_s: float) -> Reply:
         if target is None:
             raise EngineDown("nothing is released yet", sent=False, status=503)
         body = upstream_body(self._job, stream=stream, secret=self._desk.secret)
         request_id = exchange.id.partition("-")[2]
         path = PATHS[exchange.operation]
         context = exchange.span.headers if exchange.span else {}
-        reply = await self._desk.engines.ask(target, path, body, headers={**context, "X-Request-Id": request_id})
+        headers = {**context, "X-Request-Id": request_id}
+        reply = await self._desk.engines.ask(target, path, body, headers=headers, tenant=exchange.tenant, wait_s=wait_s)
         if reply.status >= 500:
             failed = await reply.body()
             sent = reply.status != 503
@@ -174,7 +179,8 @@ class Answering(Response):
         async def mirror() -> None:
             try:
                 async with asyncio.timeout(desk.limits.request_s):
-                    reply = await self._ask(exchange, challenger, stream=False)
+                    # A mirror takes what is free; it never stands in line before a person.
+                    reply = await self._ask(exchange, challenger, stream=False, wait_s=0.0)
                     exchange.status = reply.status
                     exchange.received.append(await reply.body())
             except (EngineDown, TimeoutError) as error:

@@ -41,7 +41,9 @@ class Limits:
     """Of a tenant whose keys state no budget."""
     context_tokens: int = 2048
     in_flight: int = 256
-    in_flight_of_tenant: int = 64
+    in_flight_of_tenant: int = 128
+    wait_s: float = 10.0
+    """Longest time from arrival to a place at an engine."""
     request_s: float = 300.0
     """Longest time from arrival to the end of an answer."""
     shadows: int = 8
@@ -110,8 +112,9 @@ class Desk:
         self._empty.set()
         self._owners: OrderedDict[str, str] = OrderedDict()
         self.metrics = GatewayMetrics(
-            in_flight=lambda: self.in_flight, routes_version=lambda: self.routes.current().version
-        )
+            in_flight=lambda: self.in_flight, waiting=lambda: self.engines.waiting,
+            routes_version=lambda: self.routes.current().version,
+        )  # fmt: skip
 
     @property
     def in_flight(self) -> int:

@@ -17,7 +17,9 @@ from fmops.traces import Trace
 class GatewayMetrics:
     """Counters and histograms of one gateway, by the arm and the release that answered."""
 
-    def __init__(self, *, in_flight: Callable[[], float], routes_version: Callable[[], float]) -> None:
+    def __init__(
+        self, *, in_flight: Callable[[], float], waiting: Callable[[], float], routes_version: Callable[[], float]
+    ) -> None:
         registry = self._registry = CollectorRegistry()
         who = ["gen_ai_operation_name", "arm", "release"]
         self._duration = Histogram(
@@ -49,6 +51,9 @@ class GatewayMetrics:
         self.lost = Counter("fmops_traces_lost", "Rows that could not be written.", registry=registry)
         self.feedback = Counter("fmops_feedback", "Thumbs and corrections.", ["kind"], registry=registry)
         Gauge("fmops_gateway_requests_in_flight", "Requests under way.", registry=registry).set_function(in_flight)
+        Gauge("fmops_gateway_requests_waiting", "Of them, in line before an engine.", registry=registry).set_function(
+            waiting
+        )
         Gauge("fmops_routes_version", "Version of the routes in force.", registry=registry).set_function(routes_version)
 
     def answered(self, trace: Trace) -> None:

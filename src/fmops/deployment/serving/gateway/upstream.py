@@ -1,7 +1,7 @@
-"""Engines over HTTP: one request to one of them, and whether it is worth asking it now.
+"""Engines over HTTP: one request to one of them, when it is its turn.
 
 Enters: a target and a request body. Leaves: the engine's response, as it arrives.
-Refuses: an engine that keeps failing (its circuit is open), and one that is not the release it should be.
+Refuses: an engine that keeps failing (its circuit is open), one that stays full, and one that is another release.
 """
 
 from __future__ import annotations
@@ -13,76 +13,16 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
+from fmops.deployment.serving.gateway.circuit import Circuit, EngineDown
+from fmops.deployment.serving.gateway.line import Line
 from fmops.deployment.serving.routes import Target
+from fmops.deployment.serving.wire import SLOTS
 
 CONNECT_S = 2.0
 QUIET_S = 120.0
 """Longest silence of an engine: before its first byte, and between two."""
-FAILURES = 3
-"""In a row, before a circuit opens."""
-COOL_S = (1.0, 30.0)
-"""First and longest time that a circuit stays open; it doubles with every failed trial."""
 KEEP_S = 60.0
 """Idle connections are closed by us before the engine does it (75 s): no request meets a closing door."""
-
-
-class EngineDown(Exception):
-    """An engine gave no answer. `sent` says whether it may have begun one."""
-
-    def __init__(self, reason: str, *, sent: bool, status: int = 502, retry_after_s: int | None = None) -> None:
-        super().__init__(reason)
-        self.sent, self.status, self.retry_after_s = sent, status, retry_after_s
-
-
-@dataclass
-class Circuit:
-    """Closed while an engine answers; open for a while after `FAILURES` in a row; then one trial decides."""
-
-    clock: Callable[[], float] = time.monotonic
-    failures: int = 0
-    cool_s: float = COOL_S[0]
-    open_until: float = 0.0
-    trying: bool = False
-
-    @property
-    def is_open(self) -> bool:
-        """True while no request is let through."""
-        return self.failures >= FAILURES and (self.trying or self.clock() < self.open_until)
-
-    def enter(self) -> None:
-        """Let a request through.
-
-        Raises:
-            EngineDown: the circuit is open.
-        """
-        if self.is_open:
-            wait = max(1, round(self.open_until - self.clock()))
-            raise EngineDown(
-                f"the engine failed {self.failures} times in a row and is left alone for a while",
-                sent=False, status=503, retry_after_s=wait,
-            )  # fmt: skip
-        self.trying = self.failures >= FAILURES
-
-    def answered(self) -> None:
-        """The engine speaks: others may try it, too; one more failure before the end of this closes the door again."""
-        self.failures, self.trying = min(self.failures, FAILURES - 1), False
-
-    def succeeded(self) -> None:
-        """The engine answered to the end."""
-        self.failures, self.cool_s, self.trying = 0, COOL_S[0], False
-
-    def failed(self) -> None:
-        """It did not."""
-        self.failures += 1
-        self.trying = False
-        # Requests that were under way when it opened add nothing: they failed of the same cause.
-        if self.failures >= FAILURES and self.clock() >= self.open_until:
-            self.open_until = self.clock() + self.cool_s
-            self.cool_s = min(2 * self.cool_s, COOL_S[1])
-
-    def abandoned(self) -> None:
-        """The client left first: nothing was learnt."""
-        self.trying = False
 
 
 @dataclass
@@ -94,6 +34,8 @@ class Reply:
     is_stream: bool
     _response: aiohttp.ClientResponse = field(repr=False)
     _circuit: Circuit = field(repr=False)
+    _line: Line = field(repr=False)
+    _open: bool = field(default=True, repr=False)
 
     async def body(self) -> bytes:
         """All of it.
@@ -135,7 +77,11 @@ class Reply:
             self.close()
 
     def close(self) -> None:
-        """Hang up, unless the response is complete; the engine then stops its work."""
+        """Give the place back, once; hang up, unless the response is complete: the engine then stops its work."""
+        if not self._open:
+            return
+        self._open = False
+        self._line.leave()
         if self._response.content.at_eof():
             self._response.release()
         else:
@@ -151,18 +97,58 @@ class Upstream:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
         self._clock = clock
-        self._circuits: dict[str, Circuit] = {}
+        self._engines: dict[str, tuple[Circuit, Line]] = {}
 
     def circuit(self, target: Target) -> Circuit:
         """The circuit of a target's engine."""
-        return self._circuits.setdefault(f"{target.release} {target.url}", Circuit(self._clock))
+        return self._engine(target)[0]
 
-    async def ask(self, target: Target, path: str, body: bytes, *, headers: Mapping[str, str]) -> Reply:
-        """Send a request; returns when the engine's status is known.
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their turn at an engine."""
+        return sum(line.waiting for _, line in self._engines.values())
+
+    def _engine(self, target: Target) -> tuple[Circuit, Line]:
+        key = f"{target.release} {target.url}"
+        if key not in self._engines:
+            self._engines[key] = Circuit(self._clock), Line(self._clock)
+        return self._engines[key]
+
+    async def ask(
+        self, target: Target, path: str, body: bytes, *, headers: Mapping[str, str], tenant: str, wait_s: float
+    ) -> Reply:
+        """Send a request when it is its turn, which may take `wait_s`; returns when the engine's status is known.
 
         Raises:
             EngineDown: no answer, or one from another release than the target's.
         """
+        line = self._engine(target)[1]
+        last = self._clock() + wait_s
+        await line.enter(tenant, wait_s=wait_s)
+        reply = await self._post(target, path, body, headers=headers)
+        if reply.status == 429 and line.slots is not None:
+            # It got more than it has places for before it had said how many there are.
+            reply.close()
+            await line.enter(tenant, wait_s=max(0.0, last - self._clock()))
+            reply = await self._post(target, path, body, headers=headers)
+        return reply
+
+    async def _post(self, target: Target, path: str, body: bytes, *, headers: Mapping[str, str]) -> Reply:
+        """Ask with a place in hand; the reply, or the failure, gives it back."""
+        circuit, line = self._engine(target)
+        try:
+            response = await self._send(target, path, body, headers=headers)
+        except BaseException:
+            line.leave()
+            raise
+        if response.headers.get(SLOTS, "").isdigit():
+            line.slots = int(response.headers[SLOTS])
+        is_stream = response.content_type == "text/event-stream"
+        return Reply(response.status, dict(response.headers), is_stream, response, circuit, line)
+
+    async def _send(
+        self, target: Target, path: str, body: bytes, *, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
         if target.url is None:
             raise EngineDown(f"{target.release} has no engine yet", sent=False, status=503, retry_after_s=1)
         circuit = self.circuit(target)
@@ -186,8 +172,7 @@ class Upstream:
             circuit.failed()
         else:
             circuit.answered()
-        is_stream = response.content_type == "text/event-stream"
-        return Reply(response.status, dict(response.headers), is_stream, response, circuit)
+        return response
 
     async def close(self) -> None:
         """End every connection."""
