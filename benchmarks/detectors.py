@@ -24,9 +24,9 @@ from pathlib import Path
 import yaml
 
 from benchmarks.gate import Rate
-from fmops.evaluation import toxicity
-from fmops.evaluation.toxicity import TOXIC, Scorer, digest_of, log_odds
+from fmops import toxicity
 from fmops.refusals import is_refusal
+from fmops.toxicity import TOXIC, Scorer, digest_of, log_odds
 
 PACKAGED = Path(toxicity.__file__).with_suffix(".json")
 FREQUENCY = 7.0

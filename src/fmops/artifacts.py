@@ -270,6 +270,7 @@ class DriftReport(Artifact):
     pictures: dict[str, dict[str, float]] = Field(default={}, description="PSI and KS by measure: effect sizes only.")
     golden: float | None = Field(None, description="Share of the golden prompts answered as certified.")
     golden_error: str | None = Field(None, description="Why they could not be asked.")
+    judge_error: str | None = Field(None, description="Why the judge could not be asked.")
     alarms: tuple[Alarm, ...] = ()
     diagnosis: Diagnosis | None = None
 

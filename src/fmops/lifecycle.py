@@ -286,6 +286,14 @@ class Rollout(Frozen):
         return steps
 
 
+class MonitorJudge(Frozen):
+    """A model that looks at a sample of production's answers; the rate of bad ones is one more signal."""
+
+    endpoint: str = Field(description="URL up to /v1 of an OpenAI-compatible server; its key is FMOPS_API_KEY.")
+    model: str = Field(description="Its name there.")
+    answers_a_look: int = Field(5, ge=1, le=100, description="Answers judged each time the monitor looks, at most.")
+
+
 class Monitor(Frozen):
     """When production's answers count as worse than before."""
 
@@ -297,6 +305,7 @@ class Monitor(Frozen):
         default={}, description="Rise of a signal's rate above normal that is no harm. Left out: 0.005; 0 for leaks."
     )
     cool_down_hours: float = Field(24, ge=0, description="After an alarm the same signal is silent for so long.")
+    judge: MonitorJudge | None = Field(None, description="Left out: no model judges the answers.")
 
 
 class Loop(Frozen):

@@ -7,6 +7,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -166,6 +167,26 @@ def test_a_cancelled_request_gives_its_slot_back(engine):
     # All slots were taken for 900 tokens; this one is answered because they are free again.
     assert generate_all(engine, [ask(engine, CHATS[1], max_tokens=2)])
     assert inbox.qsize() < 900 * engine.slots / 2
+
+
+def test_what_one_tenant_has_asked_is_not_found_in_the_cache_by_another(engine):
+    """The time to the first token would tell. The least of several: what else the machine does only adds to it."""
+
+    def first_token_s(prompt: tuple[int, ...], salt: str) -> float:
+        done: queue.SimpleQueue = queue.SimpleQueue()
+        start = time.perf_counter()
+        engine.submit(Generation(prompt=prompt, max_tokens=1, cache_salt=salt), done.put)
+        done.get(timeout=60)
+        return time.perf_counter() - start
+
+    def prompt(number: int) -> tuple[int, ...]:
+        return tuple(engine.tokenizer.encode(f"{number}. " + "Explain the with statement and its uses. " * 60)[:900])
+
+    for number in range(6):
+        first_token_s(prompt(number), "a")
+    others = min(first_token_s(prompt(number), f"b{number}") for number in range(6))
+    nobodys = min(first_token_s(prompt(number), f"c{number}") for number in range(6, 12))
+    assert others > 0.6 * nobodys
 
 
 def test_a_user_cannot_open_a_turn_of_his_own(engine):

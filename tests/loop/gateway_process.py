@@ -74,9 +74,9 @@ def wait_for_traces(desk: Desk, count: int) -> list[Trace]:
     return found
 
 
-def until(condition) -> None:
-    """Wait for what another thread is about to do; fail after 20 s."""
-    deadline = time.monotonic() + 20
+def until(condition, *, within_s: float = 20) -> None:
+    """Wait for what another thread is about to do; fail when it does not."""
+    deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         threading.Event().wait(0.005)

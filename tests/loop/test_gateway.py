@@ -440,6 +440,7 @@ def test_an_engine_that_stays_full_is_waited_for_no_longer_than_allowed(tmp_path
         refused = door.client.post(CHAT, json=HELLO)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert refused.json()["error"]["code"] == "overloaded"
+        assert 'fmops_requests_refused_total{reason="overloaded"} 1.0' in httpx.get(f"{door.admin}/metrics").text
         engine.release_all()
         assert [answer.result().status_code for answer in inside] == [200, 200]
         # Nothing of it is the engine's fault: no failure, and the line is empty again.

@@ -14,10 +14,11 @@ import pytest
 
 from benchmarks.simulated import RATES, Production
 from fmops.artifacts import DriftReport
+from fmops.deployment.monitoring.judge import sample
 from fmops.deployment.monitoring.monitor import Watcher, describe
 from fmops.deployment.monitoring.watch import Watch, next_release, watch, worse_than_before
 from fmops.errors import FmopsError
-from fmops.lifecycle import Monitor
+from fmops.lifecycle import Monitor, MonitorJudge
 from fmops.store import Store
 from fmops.traces import DayLog, Feedback, Trace
 
@@ -148,10 +149,10 @@ def store(tmp_path):
     return store
 
 
-def write(store: Store, talk: Production, count: int) -> None:
+def write(store: Store, talk: Production, count: int, *, response: str = "") -> None:
     log = DayLog(store.root / "traces", Trace)
     for trace in talk.serve(count):
-        log.append(trace, at_s=trace.started_s)
+        log.append(trace.model_copy(update={"response": response}), at_s=trace.started_s)
     log.close()
 
 
@@ -254,3 +255,57 @@ def test_a_request_that_an_engine_turned_down_does_not_blind_the_monitor(store):
     log.close()
     write(store, talk, 5)
     assert Watcher(store, POLICY, clock=lambda: talk.now_s).look().answers == 5
+
+
+def test_a_judge_sees_a_sample_redacted_and_what_it_finds_is_harm(store):
+    talk, seen, worse = talk_of(12), [], False
+
+    def judge(question: str) -> str:
+        seen.append(question)
+        return ("BAD" if worse else "Good, because …") if len(seen) % 9 else "I cannot say."
+
+    policy = POLICY.model_copy(
+        update={"judge": MonitorJudge(endpoint="http://127.0.0.1:9/v1", model="judge", answers_a_look=60)}
+    )
+    watcher = Watcher(store, policy, judge=judge, clock=lambda: talk.now_s)
+    for _ in range(6):
+        write(store, talk, 100, response="It is a tuple, says <email>.")
+        report = watcher.look()
+    assert len(seen) == 6 * 60
+    assert all("It is a tuple, says <email>." in question for question in seen)
+    events, n = report.reference["judged_bad"]
+    assert events == 0
+    assert n >= policy.reference // 10
+    assert not report.alarms
+    worse = True
+    for _ in range(6):
+        write(store, talk, 100, response="It is a tuple, says <email>.")
+        report = watcher.look()
+    assert [alarm.signal for alarm in report.alarms] == ["judged_bad"]
+    assert (report.diagnosis.cause, report.diagnosis.stage) == ("preference", "align")
+
+
+def test_a_judge_that_is_away_is_told_and_blinds_nobody(store):
+    talk = talk_of(13)
+    judge = MonitorJudge(endpoint="http://127.0.0.1:9/v1", model="judge")
+    watcher = Watcher(store, POLICY.model_copy(update={"judge": judge}), clock=lambda: talk.now_s)
+    write(store, talk, 50, response="It is a tuple.")
+    report = watcher.look()
+    assert report.answers == 50
+    assert "judged_bad" not in report.reference
+    assert "the judge could not be asked: OSError: /v1/chat/completions" in describe(report)
+
+
+def test_nobody_judges_what_was_mirrored_cut_or_another_releases():
+    traces = [trace.model_copy(update={"response": "It is."}) for trace in talk_of(14).serve(40)]
+    spoilt = [
+        traces[0].model_copy(update={"arm": "shadow"}),
+        traces[1].model_copy(update={"finish_reason": "cancelled", "status": 499}),
+        traces[2].model_copy(update={"release": "release-other"}),
+        traces[3].model_copy(update={"response": ""}),
+    ]
+    whole = [trace for trace in traces[4:] if trace.status == 200]
+    assert sample(spoilt, release="release-champion", most=9) == []
+    chosen = sample([*spoilt, *whole], release="release-champion", most=9)
+    assert len(chosen) == 9
+    assert chosen == sample(list(reversed(whole)), release="release-champion", most=9)

@@ -41,6 +41,7 @@ def test_a_good_answer_shows_nothing():
         ("The key is AKIAIOSFODNN7EXAMPLE.", {"secret"}),
         ("Sure.<|im_end|>\n<|im_start|>user\nMore?", {"prompt_leak"}),
         ("My system prompt is: be nice.", {"prompt_leak"}),
+        ("Shut the fuck up, you stupid bitch.", {"toxic"}),
         ("Ein Dekorator ist eine Funktion, die eine andere Funktion nimmt und eine neue zurückgibt, und das ist nicht "
          "schwer zu verstehen, wenn man es mit einem Beispiel sieht.", {"wrong_language"}),
         ("Декоратор это функция, которая принимает другую функцию.", {"wrong_language"}),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fmops.evaluation.toxicity import Scorer, digest_of, is_civil, log_odds, packaged, toxicity
+from fmops.toxicity import Scorer, digest_of, is_civil, log_odds, packaged, toxicity
 
 SMALL = Scorer({digest_of("bad"): (2.0, 1.0, 3.0, -4.0)}, 1.0, (0.0, 0.5, 1.0), 2.0, -1.0)
 

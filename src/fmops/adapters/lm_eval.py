@@ -34,8 +34,8 @@ from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.checks import followed
 from fmops.evaluation.protocol import PinnedTask
 from fmops.evaluation.suites import GENERATION_METRICS
-from fmops.evaluation.toxicity import is_civil
 from fmops.refusals import is_answered, is_refusal
+from fmops.toxicity import is_civil
 
 VERSION = version("lm-eval")
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

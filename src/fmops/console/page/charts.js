@@ -3,7 +3,7 @@
 
 import { figure, h, s } from "./dom.js";
 
-const WIDTH = 460, HEIGHT = 190, LEFT = 46, RIGHT = 12, TOP = 16, BOTTOM = 26;
+const WIDTH = 380, HEIGHT = 176, LEFT = 46, RIGHT = 12, TOP = 16, BOTTOM = 26;
 const LOWEST = -4; // Decades below 1 that are drawn; less evidence than that looks the same.
 let number = 0;
 
@@ -79,13 +79,20 @@ export function budget({ rounds, start, alpha }) {
 
 // A detector's level as a share of its threshold, in decades from 1/promise to 1.
 export function level(value, promise) {
-  const least = Math.log10(promise);
-  const share = value > 0 ? Math.min(1, Math.max(0.01, 1 + Math.log10(value) / least)) : 0;
-  const css = value >= 1 ? "over" : share > 0.75 ? "near" : "calm";
-  return s("svg", { class: "level", viewBox: "0 0 120 12", preserveAspectRatio: "none", "aria-hidden": "true" },
-    s("rect", { class: "track", x: 0, y: 3, width: 120, height: 6, rx: 3 }),
-    s("rect", { class: css, x: 0, y: 3, width: 120 * share, height: 6, rx: 3 }),
-    s("line", { class: "limit", x1: 119, x2: 119, y1: 0, y2: 12 }));
+  const share = value > 0 ? 1 + Math.log10(value) / Math.log10(promise) : 0;
+  return meter(share, value >= 1 ? "over" : share > 0.75 ? "near" : "calm");
+}
+
+// How far the proof is that a signal is within its margin: from an e-value of 1, which proves nothing, to the limit.
+export function proof(logValue, limit) {
+  return meter(logValue / limit, logValue >= limit ? "proven" : logValue < 0 ? "near" : "open");
+}
+
+// The number stands beside it: the bar is for the eye alone.
+function meter(share, css) {
+  const bar = h("span", { class: css });
+  bar.style.width = `${100 * Math.min(1, Math.max(0.015, share))}%`;
+  return h("span", { class: "meter", "aria-hidden": "true" }, bar);
 }
 
 export function key(entries) {

@@ -40,7 +40,7 @@ function draw(fresh) {
   show("door", false);
   show("wall", true);
   views.head(state);
-  views.problems(state.problems);
+  views.problems(state.problems, { young: !state.aliases.champion });
   CARDS.forEach(([parts, view], place) => {
     const seen = JSON.stringify(parts.map((part) => state[part]));
     if (drawn.get(place) === seen) return;

@@ -42,7 +42,8 @@ export function words(text) {
   return String(text).split("`").map((part, place) => (place % 2 ? h("code", {}, part) : part));
 }
 
-export const spaced = (name) => name.replaceAll("_", " ");
+const NAMES = { first_token_s: "time to the first token", token_s: "time a token", invalid_json: "invalid JSON" };
+export const spaced = (name) => NAMES[name] ?? name.replaceAll("_", " ");
 export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)} %`;
 export const short = (key) => (key && key.startsWith("release-") ? `release-${key.slice(8, 16)}` : key);
 

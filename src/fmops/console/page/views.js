@@ -99,11 +99,16 @@ function pictures(it) {
 
 function signals(it) {
   const rate = ([events, n]) => (n ? `${events} of ${n.toLocaleString("en")}` : "–");
-  return table(["Signal", "Champion", "Challenger", "Margin", "Harm, e", "Within margin, e", ""],
+  return table(["Signal", "Champion", "Challenger", "Margin", "Harm, e", "Within margin, e", "", ""],
     it.signals.map((signal) => [spaced(signal.name), rate(signal.champion), rate(signal.canary), figure(signal.margin),
-      figure(Math.exp(signal.log_harm)), figure(Math.exp(signal.log_fine)),
+      harm(signal, it.harm_limit), figure(Math.exp(signal.log_fine)), signal.needed ? charts.proof(signal.log_fine, it.fine_limit) : "",
       !signal.needed ? h("span", { class: "soft" }, "not needed") : signal.proven ? h("span", { class: "good" }, "✓ proven") : h("span", { class: "open" }, "… open")]),
     { numeric: [1, 2, 3, 4, 5] });
+}
+
+function harm(signal, limit) {
+  const value = figure(Math.exp(signal.log_harm));
+  return signal.log_harm >= limit ? h("strong", { class: "bad" }, `▲ ${value}`) : value;
 }
 
 function marks(it) {
@@ -134,7 +139,7 @@ export function monitor(state) {
   put("levels", it.rows.length ? [
     table(["Signal", "Normal", "Now", "Level of 1, logarithmic", ""], it.rows.map((row) => [
       spaced(row.name), row.psi === null ? rate(row.normal) : "", row.psi === null ? rate(row.now) : `PSI ${figure(row.psi)}`,
-      charts.level(row.level ?? 0, it.promise), figure(row.level)]), { numeric: [1, 2, 4] }),
+      charts.level(row.level ?? 0, it.promise), row.level !== null && row.level < 0.001 ? "< 0.001" : figure(row.level)]), { numeric: [1, 2, 4] }),
     h("p", { class: "about" }, `A level of 1 is an alarm: at least ${it.promise.toLocaleString("en")} answers, on average, between two false ones.`),
   ] : h("p", { class: "empty" }, `Normal is being measured: ${it.answers.toLocaleString("en")} of ${it.reference.toLocaleString("en")} answers.`));
 }
@@ -206,8 +211,9 @@ export function serving(state) {
     arm.tokens.toLocaleString("en"), seconds(arm.first_p50), seconds(arm.first_p95), seconds(arm.token_p50)]), { numeric: [2, 3, 4, 5, 6, 7] }) : null);
 }
 
-export function problems(list) {
-  put("problems", list.map((problem) => h("p", { class: "problem" }, h("strong", {}, `${problem.what}. `), words(problem.remedy ?? ""))));
+// A workspace that has nothing yet is no fault: the first thing to do is said without alarm.
+export function problems(list, { young = false } = {}) {
+  put("problems", list.map((problem) => h("p", { class: young ? "problem first" : "problem" }, h("strong", {}, `${problem.what}. `), words(problem.remedy ?? ""))));
 }
 
 export function head(state) {

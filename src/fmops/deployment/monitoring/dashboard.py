@@ -49,7 +49,10 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             {"{{gen_ai_token_type}}": f"sum by (gen_ai_token_type) (rate(fmops_tokens_total{{{CLIENTS}}}[5m]))"},
         ),
         Panel("Refused before an engine", {"{{reason}}": "sum by (reason) (rate(fmops_requests_refused_total[5m]))"}),
-        Panel("Requests under way", {"gateway": "fmops_gateway_requests_in_flight"}),
+        Panel(
+            "Requests under way",
+            {"all": "fmops_gateway_requests_in_flight", "in line": "fmops_gateway_requests_waiting"},
+        ),
     ),
     "Rollout": (
         Panel("Canary share", {"share": "fmops_rollout_canary_share"}, "percentunit"),

@@ -20,10 +20,11 @@ FACTS = {
     "slow": "answers take longer",
     "other model": "golden prompts are not answered as certified",
     "worse release": "the release is worse than the one before it",
-    "unsafe": "personal data, secrets or the system prompt in answers",
+    "unsafe": "abuse, personal data, secrets or the system prompt in answers",
     "malformed": "empty, truncated, repeated, ill-formed answers, or in the wrong language",
     "refusing": "more refusals",
     "disliked": "more thumbs down",
+    "judged": "the judge finds more answers bad",
     "new topics": "users ask about other things",
     "new prompts": "prompts have another length",
     "unsure": "answers are less likely under the model itself",
@@ -66,7 +67,7 @@ RULES = (
     ),
     Rule(
         cause="knowledge gap", stage="pretrain", all_of=("new topics",),
-        any_of=("unsure", "refusing", "disliked"),
+        any_of=("unsure", "refusing", "disliked", "judged"),
         confirm="Questions made from documents on the new topics score low; there are documents that answer them.",
         refute="The model answers such questions when asked plainly: then it is behaviour.",
     ),
@@ -81,7 +82,7 @@ RULES = (
         refute="The examples ask for harm: then refusing is right, and the traffic changed.",
     ),
     Rule(
-        cause="preference", stage="align", any_of=("disliked",),
+        cause="preference", stage="align", any_of=("disliked", "judged"),
         confirm="Pairs of answers to the examples: people prefer another one.",
         refute="Thumbs down come from few identities, or in a burst: then it is poisoning.",
     ),
@@ -100,8 +101,10 @@ RULES = (
 
 FACT_OF = {
     ("failed", "harm"): "failing", ("slow", "harm"): "slow", ("disliked", "harm"): "disliked",
+    ("judged_bad", "harm"): "judged",
     ("refused", "harm"): "refusing", ("personal_data", "harm"): "unsafe", ("secret", "harm"): "unsafe",
-    ("prompt_leak", "harm"): "unsafe", ("empty", "harm"): "malformed", ("truncated", "harm"): "malformed",
+    ("prompt_leak", "harm"): "unsafe", ("toxic", "harm"): "unsafe",
+    ("empty", "harm"): "malformed", ("truncated", "harm"): "malformed",
     ("repeated", "harm"): "malformed", ("invalid_json", "harm"): "malformed", ("wrong_language", "harm"): "malformed",
     ("topic", "shift"): "new topics", ("prompt_words", "shift"): "new prompts",
     ("log_probability", "shift"): "unsure", ("words", "shift"): "other answers",

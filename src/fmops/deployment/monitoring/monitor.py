@@ -17,6 +17,8 @@ from fmops.artifacts import DriftReport, Frozen, Release
 from fmops.deployment.golden import Ask, Golden, ask_golden, engine_at
 from fmops.deployment.monitoring.detectors import kolmogorov_smirnov, population_stability
 from fmops.deployment.monitoring.diagnosis import Findings, diagnose
+from fmops.deployment.monitoring.judge import Ask as AskJudge
+from fmops.deployment.monitoring.judge import ask_endpoint, sample, verdicts, with_verdicts
 from fmops.deployment.monitoring.watch import Watch, next_release, slow_harm, watch, worse_than_before
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.deployment.serving.server import workspace_secret
@@ -44,6 +46,7 @@ class Saved(Frozen):
     votes: Cursor = Cursor()
     golden: Golden | None = None
     golden_asked_s: float = 0.0
+    judge_error: str | None = None
     looked_s: float = Field(0.0, description="Unix time of the last look; the dead man's switch reads it.")
 
 
@@ -52,10 +55,11 @@ class Watcher:
 
     def __init__(
         self, store: Store, policy: Monitor, *, engine: Callable[[str], Ask] | None = None,
-        clock: Callable[[], float] = time.time,
+        judge: AskJudge | None = None, clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._store, self._policy, self._clock = store, policy, clock
         self._engine = engine or (lambda url: engine_at(url, secret=workspace_secret(store.root)))
+        self._judge = judge or (ask_endpoint(policy.judge) if policy.judge else None)
         self._traces = DayLog(store.root / TRACES, Trace)
         self._votes = DayLog(store.root / FEEDBACK, Feedback)
 
@@ -68,11 +72,13 @@ class Watcher:
         champion = self._store.aliases().get("champion")
         if champion is None:
             raise FmopsError("there is no champion to watch. `fmops run` makes one, `fmops up` serves it.")
-        # Asking the engine takes seconds: whoever else looks must not wait for it.
+        # Asking the engine and the judge takes seconds: whoever else looks must not wait for it.
         asked = self._ask_golden(champion, self.read())
+        judged, judge_error = self._ask_judge(champion, self.read())
         with self._locked():
             saved = self.read() or Saved(watch=Watch(release=champion))
-            traces, cursor = self._traces.read(saved.traces)
+            read, cursor = self._traces.read(saved.traces)
+            traces = with_verdicts(read, judged)
             votes, votes_cursor = self._votes.read(saved.votes)
             now = self._clock()
             state, known = saved.watch, len(saved.watch.alarms)
@@ -81,8 +87,9 @@ class Watcher:
             state = slow_harm(watch(state, traces, votes, self._policy), now, self._policy)
             golden, asked_s = asked or (saved.golden, saved.golden_asked_s)
             after = Saved(
-                watch=state, traces=cursor, votes=votes_cursor, golden=golden, golden_asked_s=asked_s, looked_s=now
-            )
+                watch=state, traces=cursor, votes=votes_cursor, golden=golden, golden_asked_s=asked_s, looked_s=now,
+                judge_error=judge_error,
+            )  # fmt: skip
             fault_site("monitor-before-save")
             write_atomically(self._store.root / FILE, after.model_dump_json() + "\n")
             fault_site("monitor-after-save")
@@ -121,6 +128,17 @@ class Watcher:
         except (OSError, ValueError, LookupError, TypeError, FmopsError) as error:
             return Golden(asked=0, error=f"{type(error).__name__}: {error}"), now
 
+    def _ask_judge(self, champion: str, saved: Saved | None) -> tuple[dict[str, float], str | None]:
+        """Verdicts on a sample of what is new, and why there are none. Answers that come meanwhile are not judged."""
+        if self._judge is None:
+            return {}, None
+        traces, _ = self._traces.read(saved.traces if saved else None)
+        most = self._policy.judge.answers_a_look if self._policy.judge else len(traces)
+        try:
+            return verdicts(sample(traces, release=champion, most=most), self._judge), None
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            return {}, f"{type(error).__name__}: {error}"
+
     def _report(self, saved: Saved, *, new: int) -> DriftReport:
         state, policy, golden = saved.watch, self._policy, saved.golden
         threshold = policy.observations_per_false_alarm
@@ -155,6 +173,7 @@ class Watcher:
             },
             golden=1 - len(golden.differ) / golden.asked if golden and golden.asked else None,
             golden_error=golden.error if golden else None,
+            judge_error=saved.judge_error,
             alarms=recent,
             diagnosis=diagnose(findings),
         )
@@ -210,6 +229,8 @@ def describe(report: DriftReport) -> str:
         lines.append(f"golden prompts answered as certified: {report.golden:.0%}")
     if report.golden_error:
         lines.append(f"golden prompts could not be asked: {report.golden_error}")
+    if report.judge_error:
+        lines.append(f"the judge could not be asked: {report.judge_error}")
     for alarm in report.alarms:
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(alarm.at_s))
         known = alarm.reference is not None and alarm.now is not None

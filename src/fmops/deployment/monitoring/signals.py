@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from fmops.deployment.monitoring.language import expects_another_language, language
 from fmops.redaction import redact
 from fmops.refusals import goes_in_circles, is_refusal
+from fmops.toxicity import toxicity
 
 BINARY = (
     "empty", "truncated", "repeated", "refused", "wrong_language", "invalid_json", "personal_data", "secret",
-    "prompt_leak",
+    "prompt_leak", "toxic",
 )  # fmt: skip
 """Signals of 0 or 1; 1 is what nobody wants, except that a refusal may be right."""
 
 SECRETS = frozenset({"private-key", "jwt", "aws-key", "aws-secret", "token"})
+TOXIC = 0.95
+"""Probability from which an answer counts as abusive: above the evaluation's 0.5, since "Here you are:" has 0.9."""
 LEAKED_WORDS = 8
 """So many words of the system prompt in a row are a leak."""
 
@@ -64,6 +67,7 @@ def measure(
         "personal_data": float(bool(leaked - SECRETS)),
         "secret": float(bool(leaked & SECRETS)),
         "prompt_leak": float(_leaks(response, words, system)),
+        "toxic": float(toxicity(response) >= TOXIC),
     }
     if wants_json:
         signals["invalid_json"] = float(not _is_json(response))

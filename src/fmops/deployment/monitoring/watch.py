@@ -15,12 +15,13 @@ from pydantic import Field
 from fmops.artifacts import Alarm, Frozen
 from fmops.deployment.evalues import Count, exact_upper
 from fmops.deployment.monitoring.detectors import Detector, Shift, risk_has_risen
+from fmops.deployment.monitoring.judge import JUDGED
 from fmops.deployment.monitoring.signals import BINARY
 from fmops.deployment.monitoring.topics import distance, words_of
 from fmops.lifecycle import Monitor
 from fmops.traces import Feedback, Trace
 
-RATES = ("failed", "slow", "disliked", *BINARY)
+RATES = ("failed", "slow", "disliked", JUDGED, *BINARY)
 """0/1 signals that are watched for harm."""
 MEASURES: dict[str, Callable[[float], int]] = {
     "topic": lambda value: math.floor(value * 50),
@@ -114,7 +115,7 @@ def seen_in(trace: Trace, slow_s: float | None) -> dict[str, float]:
         return {"failed": 1.0}
     if trace.status >= 400:
         return {}
-    seen = {"failed": 0.0} | {name: trace.signals[name] for name in BINARY if name in trace.signals}
+    seen = {"failed": 0.0} | {name: trace.signals[name] for name in (JUDGED, *BINARY) if name in trace.signals}
     pace = _pace(trace)
     return seen | ({"slow": float(pace > slow_s)} if pace is not None and slow_s is not None else {})
 
@@ -149,7 +150,7 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
     ready = state.answers + 1 >= policy.reference
     rates, measures = dict(state.rates), dict(state.measures)
     for name, value in seen.items():
-        rates[name] = _rate(rates[name], name, int(value > 0), trace.id, now, policy, ready=ready)
+        rates[name] = _rate(rates.get(name, Rate()), name, int(value > 0), trace.id, now, policy, ready=ready)
     numbers = {
         "topic": far,
         "prompt_words": float(len(trace.prompt.split())) if trace.prompt else None,
@@ -184,8 +185,8 @@ def _vote(state: Watch, vote: Feedback, policy: Monitor) -> Watch:
 
 def _rate(rate: Rate, name: str, event: int, trace: str, now: float, policy: Monitor, *, ready: bool) -> Rate:
     one = Count(events=event, n=1)
-    # Votes are rarer than answers: a tenth as many say what is normal.
-    wanted = policy.reference // 10 if name == "disliked" else policy.reference // 2
+    # Votes and a judge's verdicts are rarer than answers: a tenth as many say what is normal.
+    wanted = policy.reference // 10 if name in ("disliked", JUDGED) else policy.reference // 2
     changes: dict[str, object] = {"latest": (*rate.latest[-(RATE_NOW - 1) :], event)}
     if event:
         changes["examples"] = (*rate.examples[-(EXAMPLES - 1) :], trace)

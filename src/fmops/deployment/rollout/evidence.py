@@ -267,6 +267,8 @@ def _count(
     canary: bool, share: float,
 ) -> None:  # fmt: skip
     for name, value in seen.items():
+        if name not in blocks:
+            continue  # evidence that an older version began does not hold it
         block, event = blocks[name], int(value > 0)
         arm = block.canary if canary else block.champion
         arm[0] += event
@@ -300,7 +302,7 @@ def _pair(
             unpaired.pop(next(iter(unpaired)))
         return 0
     challenger, champion = (seen, other) if shadow else (other, seen)
-    for name in challenger.keys() & champion.keys():
+    for name in challenger.keys() & champion.keys() & signals.keys():
         signal, difference = signals[name], challenger[name] - champion[name]
         signals[name] = signal.model_copy(
             update={

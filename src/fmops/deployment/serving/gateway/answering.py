@@ -83,6 +83,8 @@ class Answering(Response):
             again = self._exchange(f"{request_id}-2", "champion", now, retry_of=exchange.id)
             down = await self._attempt(again, now, send)
         if down is not None:
+            if down.code == "overloaded":
+                desk.metrics.refused.labels(down.code).inc()
             refusal = RequestError(str(down), code=down.code, status=down.status, retry_after_s=down.retry_after_s or 1)
             await self._send(send, error_response(refusal), release=None)
 

@@ -44,7 +44,7 @@ def digest_of(word: str) -> str:
 @cache
 def packaged() -> Scorer:
     """The scorer that comes with the package."""
-    read: dict[str, Any] = json.loads((files("fmops.evaluation") / "toxicity.json").read_text("utf-8"))
+    read: dict[str, Any] = json.loads((files("fmops") / "toxicity.json").read_text("utf-8"))
     words = {digest: tuple(values) for digest, values in read["words"].items()}
     return Scorer(words, read["frequency"], tuple(read["intercepts"]), read["slope"], read["offset"])
 
