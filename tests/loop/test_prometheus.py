@@ -36,7 +36,7 @@ SECONDS = {"m": 1, "h": 60}
 
 def sped_up(rules: str) -> str:
     """The rules with every duration of minutes and hours divided by sixty; nothing else is touched."""
-    return re.sub(r"(?<=for: |...\[)(\d+)([mh])\b", lambda found: f"{int(found[1]) * SECONDS[found[2]]}s", rules)
+    return re.sub(r"(for: |\[)(\d+)([mh])\b", lambda found: f"{found[1]}{int(found[2]) * SECONDS[found[3]]}s", rules)
 
 
 class Pager:
