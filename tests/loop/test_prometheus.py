@@ -113,6 +113,7 @@ def watched(folder: Path, metrics_url: str):
             f"--config.file={folder}/prometheus.yml",
             f"--storage.tsdb.path={folder}/seen",
             f"--web.listen-address=127.0.0.1:{seen_at}",
+            "--rules.alert.resend-delay=1s",
         ],
     ]
     with (folder / "log").open("wb") as log:
