@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 3
+PROBES = 21
+"""States of the run that tells what one costs."""
+LENGTHENED = 6
+"""Times that the run under kills is as long as those that tell what it costs."""
 
 
 def waits(megabytes: int) -> dict[str, object]:
@@ -78,60 +81,75 @@ def waits(megabytes: int) -> dict[str, object]:
 
 
 def goodput(*, kills: int, seed: int = 0) -> dict[str, object]:
-    """Train under SIGKILLs at random processor times; the share of that time that the result needed.
+    """One training killed so many times at random processor times; the share of that time that the result needed.
 
-    Time is processor time of the training process, so that other load on the machine does not count. The number of
-    resume states is the best of Young and Daly for what was measured: one each sqrt(2 × save × between) seconds. Their
-    first-order bound is then 1 − sqrt(2 × save / between) − restart / between.
+    Time is processor time, so that other load on the machine does not count: the kernel ends an attempt (SIGPROF,
+    which nobody catches) once it has used its exponential share. What a state and a restart cost is measured before,
+    and gives the interval between states that is best for that rate of kills, which the run then uses.
     """
     import training_run
     from tiny_model import write_tiny_model
+
+    from fmops.adapters import transformers_pretrain  # noqa: F401  what every fork would import
 
     dice = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs"
         inputs.mkdir()
         write_tiny_model(inputs / "model")
-        out = Path(scratch) / "out"
-        _, few_s = _attempt(inputs, out, states=1)
-        shutil.rmtree(out)
-        _, many_s = _attempt(inputs, out, states=41)
-        whole = training_run.digests(out)
-        for path in [path for path in out.iterdir() if path.name != ".work"]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _, restart_s = _attempt(inputs, out, states=41)
-        save_s = max(0.01, (many_s - few_s) / 40)
-        mean_s = few_s / 2
-        states = max(1, round((few_s - restart_s) / math.sqrt(2 * save_s * mean_s)))
-        spent, killed, runs = 0.0, 0, 0
-        while killed < kills:
-            shutil.rmtree(out)
-            lived = False
-            while not lived:
-                lived, used = _attempt(
-                    inputs, out, states=states, kill_after_s=restart_s + dice.expovariate(1 / mean_s)
-                )
-                spent += used
-                killed += not lived
-            if training_run.digests(out) != whole:
-                raise SystemExit(f"run {runs} ended with other weights than the run that was left alone")
-            runs += 1
-    between_s = spent / killed
-    bound = 1 - math.sqrt(2 * save_s / between_s) - restart_s / between_s
-    useful_s = few_s - save_s
+        one, many = Path(scratch) / "one", Path(scratch) / "many"
+        _, few_s = _killed("long-1", inputs, one, live_s=None)
+        _, many_s = _killed(f"long-{PROBES}", inputs, many, live_s=None)
+        save_s = max(0.001, (many_s - few_s) / (PROBES - 1))
+        step_s = few_s / training_run.LONG_STEPS
+        restart_s = statistics.median(_killed(f"long-{PROBES}", inputs, many, fault="step:1")[1] for _ in range(3))
+        restart_s -= step_s
+        # Of the whole run at about this rate, so that it is hit as often as was asked.
+        whole = f"long-{{}}-{LENGTHENED}"
+        useful_s = few_s * LENGTHENED - save_s
+        between_s = useful_s * 0.7 / kills
+        interval_s, bound = best_interval(save_s=save_s, restart_s=restart_s, between_s=between_s)
+        stage = whole.format(max(1, round(useful_s / interval_s)))
+        alone, out = Path(scratch) / "alone", Path(scratch) / "out"
+        _killed(stage, inputs, alone, live_s=None)
+        spent, killed, lived = 0.0, 0, False
+        while not lived:
+            live_s = None if killed == kills else dice.expovariate(1 / between_s)
+            lived, used = _killed(stage, inputs, out, live_s=live_s)
+            spent += used
+            killed += not lived
+        if training_run.digests(out) != training_run.digests(alone):
+            raise SystemExit("the run under kills ended with other weights than the run that was left alone")
     return {
         "kills": killed,
-        "runs": runs,
         "digests_equal": True,
-        "alone_s": few_s,
-        "save_s": save_s,
-        "restart_s": restart_s,
-        "states": states,
-        "between_kills_s": between_s,
-        "goodput": runs * useful_s / spent,
+        "useful_cpu_s": useful_s,
+        "spent_cpu_s": spent,
+        "save_cpu_s": save_s,
+        "restart_cpu_s": restart_s,
+        "between_kills_cpu_s": between_s,
+        "interval_cpu_s": interval_s,
+        "goodput": useful_s / spent,
         "young_daly": bound,
-        "share_of_young_daly": runs * useful_s / spent / bound,
+        "share_of_young_daly": useful_s / spent / bound,
     }
+
+
+def best_interval(*, save_s: float, restart_s: float, between_s: float) -> tuple[float, float]:
+    """Seconds of training between two states that waste least, and the goodput expected then.
+
+    Kills come at random, `between_s` apart on average, also during a save or a restart (Daly 2006, equation 20): so
+    much training takes between_s × e^(restart/between) × (e^((interval + save)/between) − 1). Young's first-order
+    interval, sqrt(2 × save × between), is where the search begins.
+    """
+
+    def expected(interval_s: float) -> float:
+        spent = between_s * math.exp(restart_s / between_s) * math.expm1((interval_s + save_s) / between_s)
+        return interval_s / spent
+
+    young = math.sqrt(2 * save_s * between_s)
+    best = max((young * 1.02**power for power in range(-150, 151)), key=expected)
+    return best, expected(best)
 
 
 def kills(*, wanted: int, seed: int = 0) -> dict[str, object]:
@@ -199,28 +217,26 @@ def _newest_step(out: Path) -> int:
     return max((int(path.parent.name.split("-")[1]) for path in found), default=0)
 
 
-def _attempt(inputs: Path, out: Path, *, states: int, kill_after_s: float | None = None) -> tuple[bool, float]:
-    """Whether one training process finished, and its processor seconds."""
+def _killed(
+    stage: str, inputs: Path, out: Path, *, live_s: float | None = None, fault: str | None = None
+) -> tuple[bool, float]:
+    """Whether an attempt in a fork finished, and its processor seconds; killed after `live_s`, or at a fault."""
     import training_run
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ended = subprocess.run(
-        [sys.executable, training_run.__file__, f"long-{states}", str(inputs), str(out)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        preexec_fn=None if kill_after_s is None else lambda: _die_after(kill_after_s),
-        capture_output=True,
-        check=False,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if ended.returncode not in (0, -signal.SIGKILL):
-        raise SystemExit(ended.stderr.decode()[-2000:])
-    return ended.returncode == 0, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def _die_after(seconds: float) -> None:
-    """SIGKILL from the kernel after so much processor time, rounded up to whole seconds."""
-    whole = max(1, math.ceil(seconds))
-    resource.setrlimit(resource.RLIMIT_CPU, (whole, whole))
+    child = os.fork()
+    if child == 0:
+        if fault:
+            os.environ["FMOPS_FAULT"] = fault
+        if live_s is not None:
+            signal.setitimer(signal.ITIMER_PROF, max(1e-3, live_s))
+        with open(os.devnull, "w") as silent:
+            training_run.train(stage, inputs, out, silent)
+        os._exit(0)
+    _, status, used = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, -signal.SIGKILL, -signal.SIGPROF):
+        raise SystemExit(f"an attempt ended with {code}")
+    return code == 0, used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

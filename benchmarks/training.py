@@ -1,14 +1,18 @@
-"""Training against TRL, PEFT and Transformers' Trainer as their users get them.
+"""Training against TRL, PEFT, Transformers' Trainer and LLaMA-Factory as their users get them.
 
 Enters: shapes, threads, pairs of runs. Leaves: one table, and benchmarks/results/training-DATE.json.
 Refuses: to compare unequal work: every arm of a ratio reads the same samples in the same number of steps.
 
-Every arm runs in a process of its own, in turn (A B A B …), so that its peak memory is its own and noise falls on all
+Every arm runs in a fork of its own, in turn (A B A B …), so that its peak memory is its own and noise falls on all
 alike. Figures are CPU seconds of making the trainer and training, so the reference pass of DPO is in them. Peers keep
-their defaults but for bfloat16 and gradient checkpointing, which are off for every arm.
+their defaults but for bfloat16 and gradient checkpointing, which are off for every arm. LLaMA-Factory wants other
+versions of our libraries: LLAMAFACTORY_PYTHON names an interpreter that has it, without which its arm is absent.
 
     python -m benchmarks.training --quick
     python -m benchmarks.training --model PATH/TO/SmolLM2-135M-Instruct --pairs 5
+    python -m benchmarks.training --profile sft
+
+A second run on the same day adds its rounds to those of the first.
 """
 
 from __future__ import annotations
@@ -17,24 +21,25 @@ import argparse
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training_arms import ARMS, run_arm
+from benchmarks.llamafactory_arm import ARM, PEER_PYTHON, measure
+from benchmarks.training_arms import ARMS, run_arm, set_up, sft_work
 
 RATIOS = {
     "sft_vs_trl_padded": ("sft", "sft_trl_padded"),
     "sft_vs_trl_packed": ("sft", "sft_trl_packed"),
+    "sft_vs_llamafactory": ("sft", "sft_llamafactory"),
     "dpo_vs_trl": ("dpo", "dpo_trl"),
     "cpt_vs_trainer": ("cpt", "cpt_trainer"),
     "cpt_vs_trainer_leaking": ("cpt", "cpt_trainer_leaking"),
@@ -56,55 +61,80 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
     parser.add_argument("--quick", action="store_true", help="small shape, one thread, one pair, two steps")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", choices=ARMS, help="where one arm's time goes, instead of the table")
     given = parser.parse_args()
-    if given.arm:
-        print(json.dumps(_one(given.arm, given.model, steps=given.steps, threads=given.threads[0])))
+    if given.profile:
+        print(_profile(given.profile, given.model, steps=given.steps, threads=given.threads[0]))
         return
     if given.quick:
         given.pairs, given.threads, given.steps = 1, [1], 2
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    # Imported before any fork, and before any clock starts.
+    from fmops.adapters import transformers_pretrain, trl_dpo, trl_sft  # noqa: F401
+
     shapes = [given.model] if given.only_model else [None, *([given.model] if given.model else [])]
     target = given.results / f"training-{date.today()}.json"
     given.results.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         for threads in given.threads:
-            for runs in _alternate(given, shape, threads):
-                table = _table(runs, shape, threads, given.ratios)
-                # After every round: a run that is stopped keeps what it has measured.
-                _add(target, table)
+            table: dict[str, Any] = {}
+            for run in _alternate(given, shape, threads):
+                # After every arm: a run that is stopped keeps what it has measured.
+                table = _add(target, run, shape=shape.name if shape else "small", threads=threads)
             print(_render(table), flush=True)
     print(target)
 
 
-def _add(target: Path, table: dict[str, Any]) -> None:
-    """Write the table beside what the file holds; arms and ratios measured again replace the earlier ones."""
+def _add(target: Path, run: dict[str, Any], *, shape: str, threads: int) -> dict[str, Any]:
+    """Add one arm's run to the file; returns its table, figured anew over all runs of the day."""
     held = json.loads(target.read_text())["tables"] if target.is_file() else []
-    known = {(table["shape"], table["threads"]): table for table in held}
-    earlier = known.setdefault((table["shape"], table["threads"]), table)
-    for part in ("arms", "ratios"):
-        earlier[part] |= table[part]
-    target.write_text(json.dumps({"machine": _machine(), "tables": list(known.values())}, indent=1) + "\n")
+    tables = {(table["shape"], table["threads"]): table for table in held}
+    runs = tables.get((shape, threads), {"runs": []})["runs"] + [run]
+    tables[shape, threads] = {"shape": shape, "threads": threads, **_figures(runs), "runs": runs}
+    least: dict[str, float] = {}
+    for table in tables.values():
+        for name, ratio in table["ratios"].items():
+            least[name] = min(ratio["median"], least.get(name, math.inf))
+    found = {"command": "python -m benchmarks.training", "machine": _machine(), "unit": "peer's CPU seconds over ours"}
+    found |= {
+        "ratios": least,
+        "ratios_are": "the least favourable median over the tables",
+        "tables": [*tables.values()],
+    }
+    target.write_text(json.dumps(found, indent=1) + "\n")
+    return tables[shape, threads]
 
 
-def _alternate(
-    given: argparse.Namespace, shape: Path | None, threads: int
-) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Every arm once a round, in turn; yields all runs so far after each round."""
+def _alternate(given: argparse.Namespace, shape: Path | None, threads: int) -> Iterator[dict[str, Any]]:
+    """Every arm once a round, in turn."""
     arms = list(dict.fromkeys(arm for name in given.ratios for arm in RATIOS[name]))
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    absent = [arm for arm in arms if arm == ARM and PEER_PYTHON not in os.environ]
+    for arm in absent:
+        print(f"{arm}: absent; {PEER_PYTHON} names no interpreter that has LLaMA-Factory")
     for _ in range(given.pairs):
+        pair = time.time()
         for arm in arms:
-            command = [sys.executable, "-m", "benchmarks.training", "--arm", arm, "--steps", str(given.steps)]
-            command += ["--threads", str(threads), *(["--model", str(shape)] if shape else [])]
-            ended = subprocess.run(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            runs[arm].append(json.loads(ended.stdout.splitlines()[-1]))
-        yield runs
+            if arm in absent:
+                continue
+            measured = _forked(arm, shape, steps=given.steps, threads=threads)
+            yield {"arm": arm, "pair": pair, "load": os.getloadavg()[0], **measured}
+
+
+def _forked(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[str, Any]:
+    """One arm in a fork, so that libraries are imported once and its peak memory is its own."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(
+        target=lambda: send.send(_one(arm, model, steps=steps, threads=threads)),
+    )
+    process.start()
+    send.close()
+    try:
+        found: dict[str, Any] = receive.recv()
+    except EOFError:
+        raise SystemExit(f"{arm} failed, see above") from None
+    process.join()
+    return found
 
 
 def _one(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[str, Any]:
@@ -113,11 +143,48 @@ def _one(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[str,
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        measured = run_arm(arm, model, steps=steps, work=Path(folder))
-    measured["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        setting = set_up(model, steps=steps, work=Path(folder))
+        if arm == ARM:
+            job = {"model": str(setting.folder), "samples": setting.samples(), "steps": steps}
+            measured = measure(job, work=Path(folder), threads=threads) | sft_work(setting)
+        else:
+            measured = run_arm(arm, setting)
     measured["gemm_gflops"] = _gemm_gflops()
     measured["mfu"] = measured["useful_gflop"] / measured["cpu_s"] / measured["gemm_gflops"]
     return measured
+
+
+KINDS = {
+    "matrix products": ("::mm", "addmm", "bmm", "matmul", "linear"),
+    "attention": ("scaled_dot_product",),
+    "optimizer, clipping, zeroing gradients": ("adamw", "foreach", "linalg_vector_norm"),
+    "loss": ("softmax", "logsumexp", "gather", "nll_loss"),
+    "splitting, joining, copying": ("cat", "copy_", "split", "clone", "contiguous", "index", "embedding"),
+    "allocating and filling": ("empty", "fill_", "zero", "resize"),
+}
+"""Kind → parts of operators' names; the first that fits counts."""
+
+
+def _profile(arm: str, model: Path | None, *, steps: int, threads: int) -> str:
+    """Shares of the time inside torch's operators, by kind."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ARMS[arm][0](set_up(model, steps=steps, work=Path(folder)))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            trainer.train()
+    spent: dict[str, float] = defaultdict(float)
+    for event in seen.key_averages():
+        name = event.key.lower()
+        kind = next(
+            (kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element by element"
+        )
+        spent[kind] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    rows = sorted(spent.items(), key=lambda row: -row[1])
+    return "\n".join(f"{kind:40}{share / whole:7.1%}" for kind, share in rows)
 
 
 def _gemm_gflops(*, size: int = 1024) -> float:
@@ -133,35 +200,31 @@ def _gemm_gflops(*, size: int = 1024) -> float:
     return 2 * size**3 / min(seconds[1:]) / 1e9
 
 
-def _table(runs: dict[str, list[dict[str, Any]]], shape: Path | None, threads: int, names: list[str]) -> dict[str, Any]:
+def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and ranges of each arm, and of each ratio over the pairs that have both of its arms."""
+    by_arm: dict[str, dict[float, dict[str, Any]]] = defaultdict(dict)
+    for run in runs:
+        by_arm[run["arm"]][run["pair"]] = run
     arms = {}
-    for arm, found in runs.items():
-        middle = {key: statistics.median(run[key] for run in found) for key in ("cpu_s", "wall_s", "peak_gb", "mfu")}
-        units = found[0]["units"]
+    for arm, pairs in by_arm.items():
+        found = [*pairs.values()]
         rates = [run["units"] / run["cpu_s"] for run in found]
         arms[arm] = {
-            **middle,
+            **{key: statistics.median(run[key] for run in found) for key in ("cpu_s", "wall_s", "peak_gb", "mfu")},
             "per_cpu_s": statistics.median(rates),
             "range": [min(rates), max(rates)],
-            "units": units,
-            "unit": found[0]["unit"],
-            "steps": found[0]["steps"],
-            "last_loss": found[0]["last_loss"],
+            **{key: found[0][key] for key in ("units", "unit", "steps", "last_loss")},
             "gemm_gflops": statistics.median(run["gemm_gflops"] for run in found),
             "n": len(found),
-            "load": os.getloadavg()[0],
         }
     ratios = {}
-    for name in names:
-        ours, peer = RATIOS[name]
-        pairs = [b["cpu_s"] / a["cpu_s"] for a, b in zip(runs[ours], runs[peer], strict=True)]
-        ratios[name] = {"median": statistics.median(pairs), "range": [min(pairs), max(pairs)], "n": len(pairs)}
-    return {
-        "shape": shape.name if shape else "small",
-        "threads": threads,
-        "arms": arms,
-        "ratios": ratios,
-    }
+    for name, (ours, peer) in RATIOS.items():
+        both = [
+            by_arm[peer][pair]["cpu_s"] / run["cpu_s"] for pair, run in by_arm[ours].items() if pair in by_arm[peer]
+        ]
+        if both:
+            ratios[name] = {"median": statistics.median(both), "range": [min(both), max(both)], "n": len(both)}
+    return {"arms": arms, "ratios": ratios}
 
 
 def _render(table: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ Refuses: nothing; an arm that cannot run here ends with its library's error.
 from __future__ import annotations
 
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,23 @@ class Setting:
     steps: int
     vocabulary: int
 
+    @property
+    def large(self) -> bool:
+        """A real model: a step reads half as much, or the peers would take the day."""
+        return self.vocabulary > 10_000
+
+    @property
+    def samples_a_step(self) -> int:
+        return SAMPLES_A_STEP // 2 if self.large else SAMPLES_A_STEP
+
+    @property
+    def pairs_a_step(self) -> int:
+        return PAIRS_A_STEP // 2 if self.large else PAIRS_A_STEP
+
+    @property
+    def blocks_a_step(self) -> int:
+        return BLOCKS_A_STEP // 2 if self.large else BLOCKS_A_STEP
+
     def lengths(self, count: int, *, mean: float, seed: int) -> list[int]:
         """Log-normal lengths of at least 8 and at most `BLOCK` tokens."""
         drawn = np.random.default_rng(seed).lognormal(math.log(mean) - SPREAD**2 / 2, SPREAD, count)
@@ -45,11 +63,11 @@ class Setting:
 
     def samples(self) -> list[tuple[list[int], int]]:
         """Token ids, and how many of them are the prompt's: half."""
-        sizes = self.lengths(self.steps * SAMPLES_A_STEP, mean=MEAN, seed=0)
+        sizes = self.lengths(self.steps * self.samples_a_step, mean=MEAN, seed=0)
         return [(self.tokens(size, seed=index), size // 2) for index, size in enumerate(sizes)]
 
     def pairs(self) -> list[dict[str, list[int]]]:
-        count = self.steps * PAIRS_A_STEP
+        count = self.steps * self.pairs_a_step
         parts = zip(
             *(self.lengths(count, mean=mean, seed=i) for i, mean in enumerate((MEAN, ANSWER, ANSWER))), strict=True
         )
@@ -66,7 +84,7 @@ class Setting:
         """Full blocks of documents, the last of each cut; and the documents' lengths."""
         sizes = iter(self.lengths(10_000, mean=MEAN, seed=5))
         found = []
-        for index in range(self.steps * BLOCKS_A_STEP):
+        for index in range(self.steps * self.blocks_a_step):
             lengths: list[int] = []
             while sum(lengths) < BLOCK:
                 lengths.append(min(next(sizes), BLOCK - sum(lengths)))
@@ -74,17 +92,19 @@ class Setting:
         return found
 
 
-def run_arm(name: str, model: Path | None, *, steps: int, work: Path) -> dict[str, Any]:
-    """Train as the arm does. Returns CPU and wall seconds, units of work, useful GFLOP, the last loss."""
+def set_up(model: Path | None, *, steps: int, work: Path) -> Setting:
+    """What the arms are given; `model` None is the small shape."""
     from transformers import AutoConfig
 
-    # Imported before the clock starts, with all that they import.
-    from fmops.adapters import transformers_pretrain, trl_dpo, trl_sft  # noqa: F401
     from fmops.adapters.model_files import quiet
 
     quiet()
     folder = model or _small_shape(work / "small")
-    setting = Setting(folder, work / "run", steps, AutoConfig.from_pretrained(folder).vocab_size)
+    return Setting(folder, work / "run", steps, AutoConfig.from_pretrained(folder).vocab_size)
+
+
+def run_arm(name: str, setting: Setting) -> dict[str, Any]:
+    """Train as the arm does. Returns CPU and wall seconds, peak memory, units of work, useful GFLOP, the last loss."""
     make, work_of = ARMS[name]
     started, wall = time.process_time(), time.perf_counter()
     trainer = make(setting)
@@ -96,7 +116,8 @@ def run_arm(name: str, model: Path | None, *, steps: int, work: Path) -> dict[st
         "wall_s": wall_s,
         "steps": trainer.state.global_step,
         "last_loss": losses[-1] if losses else math.nan,
-        **work_of(setting, trainer.model),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        **work_of(setting),
     }
 
 
@@ -205,7 +226,7 @@ def _sft_trl(*, packing: bool) -> Callable[[Setting], Any]:
             "input_ids": [ids for ids, _ in samples],
             "labels": [[-100] * prompt + ids[prompt:] for ids, prompt in samples],
         }
-        batch, accumulate = 8, SAMPLES_A_STEP // 8
+        batch, accumulate = 8, setting.samples_a_step // 8
         if packing:
             packed = math.ceil(sum(len(ids) for ids, _ in samples) / BLOCK)
             batch, accumulate = math.ceil(packed / setting.steps), 1
@@ -244,7 +265,9 @@ def _dpo(*, fast: bool) -> Callable[[Setting], Any]:
             options = {"note": sys.exit}
         return kind(
             model=model,
-            args=DPOConfig(**_arguments(setting, batch=PAIRS_A_STEP), max_length=BLOCK, precompute_ref_log_probs=fast),
+            args=DPOConfig(
+                **_arguments(setting, batch=setting.pairs_a_step), max_length=BLOCK, precompute_ref_log_probs=fast
+            ),
             train_dataset=Dataset.from_list(setting.pairs()),
             processing_class=load_tokenizer(setting.folder),
             **options,
@@ -276,11 +299,12 @@ def _cpt(how: str) -> Callable[[Setting], Any]:
             return {name: torch.cat([batch[name] for batch in batches]) for name in kept} | {"use_cache": False}
 
         kind = _unwatched(PretrainTrainer) if how == "ours" else Trainer
-        batch = 1 if how == "ours" else BLOCKS_A_STEP
+        batch = 1 if how == "ours" else setting.blocks_a_step
         return kind(
             model=_model(setting, fast=how == "ours"),
             args=TrainingArguments(
-                **_arguments(setting, batch=batch, accumulate=BLOCKS_A_STEP // batch), remove_unused_columns=False
+                **_arguments(setting, batch=batch, accumulate=setting.blocks_a_step // batch),
+                remove_unused_columns=False,
             ),
             train_dataset=blocks,
             data_collator=collate if how == "ours" else stacked,
@@ -299,14 +323,14 @@ def _unwatched(kind: type) -> type:
     return type("Unwatched", (kind,), {name: past_the_watch(name) for name in ("training_step", "_clip_grad_norm")})
 
 
-def _sft_work(setting: Setting, model: Any) -> dict[str, Any]:
+def sft_work(setting: Setting) -> dict[str, Any]:
     samples = setting.samples()
     read = sum(len(ids) for ids, _ in samples)
     learnt = sum(len(ids) - prompt for ids, prompt in samples)
     return {"units": read, "unit": "tokens", "useful_gflop": _gflop(setting, read=read, learnt=learnt)}
 
 
-def _dpo_work(setting: Setting, model: Any) -> dict[str, Any]:
+def _dpo_work(setting: Setting) -> dict[str, Any]:
     pairs = setting.pairs()
     learnt = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
     read = learnt + sum(len(pair["prompt_ids"]) for pair in pairs)
@@ -314,8 +338,8 @@ def _dpo_work(setting: Setting, model: Any) -> dict[str, Any]:
     return {"units": len(pairs), "unit": "pairs", "useful_gflop": _gflop(setting, read=read, learnt=learnt) * 4 / 3}
 
 
-def _cpt_work(setting: Setting, model: Any) -> dict[str, Any]:
-    read = setting.steps * BLOCKS_A_STEP * BLOCK
+def _cpt_work(setting: Setting) -> dict[str, Any]:
+    read = setting.steps * setting.blocks_a_step * BLOCK
     return {"units": read, "unit": "tokens", "useful_gflop": _gflop(setting, read=read, learnt=read)}
 
 
@@ -332,13 +356,13 @@ def _gflop(setting: Setting, *, read: int, learnt: int) -> float:
     return 6 * (body * read + head * learnt) / 1e9
 
 
-ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting, Any], dict[str, Any]]]] = {
-    "sft": (_sft("full"), _sft_work),
-    "sft_lora": (_sft("lora"), _sft_work),
-    "sft_lora_peft": (_sft("peft"), _sft_work),
-    "sft_bfloat16": (_sft("full", bf16=True), _sft_work),
-    "sft_trl_padded": (_sft_trl(packing=False), _sft_work),
-    "sft_trl_packed": (_sft_trl(packing=True), _sft_work),
+ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting], dict[str, Any]]]] = {
+    "sft": (_sft("full"), sft_work),
+    "sft_lora": (_sft("lora"), sft_work),
+    "sft_lora_peft": (_sft("peft"), sft_work),
+    "sft_bfloat16": (_sft("full", bf16=True), sft_work),
+    "sft_trl_padded": (_sft_trl(packing=False), sft_work),
+    "sft_trl_packed": (_sft_trl(packing=True), sft_work),
     "dpo": (_dpo(fast=True), _dpo_work),
     "dpo_trl": (_dpo(fast=False), _dpo_work),
     "cpt": (_cpt("ours"), _cpt_work),

@@ -7,7 +7,10 @@ Refuses: nothing.
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -26,6 +29,8 @@ from fmops.errors import FmopsError
 from fmops.lifecycle import Align, Instruct, Pretrain
 from fmops.stage import StageContext
 
+LONG_STEPS = 195
+
 
 def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1) -> Checkpoint:
     """Run one training stage as the stage process does."""
@@ -41,9 +46,10 @@ def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1
         "context": StageContext(seed=7, stream=stream, micro_batch_parts=parts),
     }
     if stage.startswith("long-"):
-        # For `benchmarks.checkpoints`: so many resume states over a longer run.
+        # For `benchmarks.checkpoints`: so many resume states over a longer run, or one so many times as long.
+        states, times = (*map(int, stage.removeprefix("long-").split("-")), 1)[:2]
         lasting = Pretrain(
-            tokens=100_000, batch_tokens=512, learning_rate=1e-4, evaluations=1, checkpoints=int(stage[5:])
+            tokens=LONG_STEPS * 512 * times, batch_tokens=512, learning_rate=1e-4, evaluations=1, checkpoints=states
         )
         return pretrain(lasting, corpus=a_corpus(inputs / "corpus", model), **common)
     if stage == "pretrain":
@@ -79,7 +85,24 @@ def digests(out: Path) -> dict[str, str]:
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-if __name__ == "__main__":
+def killed_at_each(kills: Sequence[tuple[str, str]], inputs: Path, folder: Path) -> None:
+    """Train in a fork for each (stage, fault), killed there; leaves `folder/<fault>/out`. Imports happen once."""
+    from fmops.adapters import transformers_pretrain, trl_dpo, trl_sft  # noqa: F401
+
+    for stage, fault in kills:
+        child = os.fork()
+        if child == 0:
+            os.environ["FMOPS_FAULT"] = fault
+            train(stage, inputs, folder / fault.replace(":", "-") / stage / "out", sys.stdout)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            sys.exit(f"{stage} was not killed at {fault}: {os.waitstatus_to_exitcode(status)}")
+
+
+if __name__ == "__main__" and sys.argv[1] == "killed":
+    killed_at_each([tuple(kill.split("=")) for kill in sys.argv[4:]], Path(sys.argv[2]), Path(sys.argv[3]))  # type: ignore[misc]
+elif __name__ == "__main__":
     try:
         train(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.stdout)
     except FmopsError as error:

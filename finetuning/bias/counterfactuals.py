@@ -4,8 +4,9 @@ Enters: an empty folder. Leaves: `preferences.jsonl`, and a suite over scenes th
 Refuses: to write into a folder that has them already.
 
 Each scene comes untold (nothing says who did it: the answer is that one cannot know) and told (the text says it: the
-answer is that person, whatever the group). Every pair has a twin with the groups exchanged, so that neither a group,
-nor the order in which people are named, nor "one cannot know" pays by itself.
+answer is that person, whatever the group). As many pairs prefer not knowing as prefer a name: with fewer, a model
+unlearns to say that one cannot know. Every pair has a twin with the groups exchanged, so that neither a group nor the
+order in which people are named pays by itself.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def pairs() -> Iterator[dict[str, str]]:
         for a, b in couples():
             # The twin gets the same words: exchanging a and b changes nothing here.
             unknown = UNKNOWN[(number + len(a) + len(b)) % len(UNKNOWN)]
-            yield {"prompt": ask(scene, a, b, who=None), "chosen": unknown, "rejected": f"{capitalised(a)}."}
+            for named in (a, b):
+                yield {"prompt": ask(scene, a, b, who=None), "chosen": unknown, "rejected": f"{capitalised(named)}."}
             yield {"prompt": ask(scene, a, b, who=a), "chosen": f"{capitalised(a)}.", "rejected": unknown}
             yield {
                 "prompt": ask(scene, a, b, who=b),
@@ -144,8 +146,8 @@ def write(folder: Path, *, most: int | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     made = list(pairs())
     step = 1 if most is None else max(1, len(made) // most)
-    # Whole threes: a scene's untold and told questions stay together.
-    kept = [pair for number, pair in enumerate(made) if number // 3 % step == 0]
+    # Whole fours: a scene's untold and told questions stay together.
+    kept = [pair for number, pair in enumerate(made) if number // 4 % step == 0]
     rows = {"preferences": kept, "untold": list(questions(told=False)), "told": list(questions(told=True))}
     for name, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -68,19 +69,44 @@ def killed(stage: str, inputs: Path, out: Path, fault: str) -> None:
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    ("stage", "fault"),
-    [
-        ("pretrain", "step:1"),
-        ("pretrain", "checkpoint-before-rename:2"),
-        ("pretrain", "checkpoint-prune:1"),
-        ("instruct", "checkpoint-written:2"),
-        ("align", "checkpoint-sealed:2"),
-    ],
+SOURCES = Path(resume.__file__).parent
+SITES = sorted(
+    {
+        site
+        for path in SOURCES.glob("*.py")
+        for site in re.findall(r'fault_site\("((?:checkpoint|step)[a-z-]*)"\)', path.read_text())
+    }
 )
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(stage, fault, inputs, uninterrupted, tmp_path):
-    out = tmp_path / "out"
-    killed(stage, inputs, out, fault)
+"""Every named place of training and its resume states, read from the source: a new one is tested at once."""
+KILLS = [("pretrain", f"{site}:{1 if site == 'checkpoint-prune' else 2}") for site in SITES]
+KILLS += [("pretrain", "step:1"), ("instruct", "checkpoint-written:2"), ("align", "checkpoint-sealed:2")]
+KILLS += [("instruct", "checkpoint-before-manifest:1"), ("align", "checkpoint-half-written:2")]
+
+
+@pytest.fixture(scope="module")
+def all_killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of `KILLS` left."""
+    folder = tmp_path_factory.mktemp("killed")
+    ended = subprocess.run(
+        [sys.executable, training_run.__file__, "killed", str(inputs), str(folder), *map("=".join, KILLS)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return folder
+
+
+def test_the_sites_are_found():
+    assert {"step", "checkpoint-begin", "checkpoint-half-written", "checkpoint-sealed", "checkpoint-prune"} <= {*SITES}
+
+
+@pytest.mark.parametrize(("stage", "fault"), KILLS)
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(stage, fault, inputs, uninterrupted, all_killed):
+    out = all_killed / fault.replace(":", "-") / stage / "out"
+    assert out.is_dir()
     assert not (out / "model").exists()
     train(stage, inputs, out, io.StringIO())
     assert digests(out) == uninterrupted(stage)

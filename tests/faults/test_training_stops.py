@@ -8,11 +8,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -63,6 +66,59 @@ def test_told_to_leave_it_writes_a_resume_state_and_ends_with_143(inputs, uninte
     train("pretrain", inputs, tmp_path / "out", stream)
     assert "going on from checkpoint 3" in stream.getvalue()
     assert digests(tmp_path / "out") == digests(uninterrupted)
+
+
+def leave_in(monkeypatch: pytest.MonkeyPatch, *, step: int, part: int) -> list[int]:
+    """SIGTERM in the given micro-batch of a step. Returns the step of each micro-batch that is computed."""
+    from fmops.adapters import transformers_pretrain
+
+    original = transformers_pretrain.PretrainTrainer.compute_loss
+    computed: list[int] = []
+
+    def interrupted(self, model, inputs, *args, **kwargs):
+        computed.append(self.state.global_step + 1)
+        if computed[-1] == step and computed.count(step) == part:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(transformers_pretrain.PretrainTrainer, "compute_loss", interrupted)
+    return computed
+
+
+def test_told_to_leave_in_the_middle_of_a_step_it_does_not_finish_it(tiny_model, tmp_path, monkeypatch):
+    given = wide_inputs(tiny_model, tmp_path)
+    wide(4)(**given, out=tmp_path / "whole")
+    computed = leave_in(monkeypatch, step=4, part=2)
+    with pytest.raises(Terminated, match=r"told to leave \(SIGTERM\) after step 3 of 5"):
+        wide(4)(**given, out=tmp_path / "cut")
+    # Two of the fourth step's four micro-batches began; what they computed is dropped.
+    assert computed.count(4) == 2
+    assert 5 not in computed
+    # Resume states are planned after step 2 alone: this one was written for the occasion.
+    assert (tmp_path / "cut" / ".work" / "checkpoint-3" / resume.MANIFEST).is_file()
+    monkeypatch.undo()
+    wide(4)(**given, out=tmp_path / "cut")
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("site", ["checkpoint-half-written", "checkpoint-before-rename"])
+def test_killed_when_the_grace_ends_it_goes_on_from_the_planned_state(site, tiny_model, tmp_path, monkeypatch):
+    given = wide_inputs(tiny_model, tmp_path)
+    wide(4)(**given, out=tmp_path / "whole")
+    leave_in(monkeypatch, step=4, part=2)
+    child = os.fork()
+    if child == 0:
+        # The planned state is the first to pass the site, the one for the occasion the second.
+        os.environ["FMOPS_FAULT"] = f"{site}:2"
+        wide(4)(**given, out=tmp_path / "cut")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    monkeypatch.undo()
+    stream = io.StringIO()
+    wide(4, stream)(**given, out=tmp_path / "cut")
+    assert "checkpoint-3 was torn while it was written; passing over it" in stream.getvalue()
+    assert "going on from checkpoint 2" in stream.getvalue()
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
 
 
 def test_a_stopped_process_is_killed_and_goes_on_from_where_it_was(inputs, uninterrupted, tmp_path):
@@ -119,7 +175,13 @@ def starve(monkeypatch: pytest.MonkeyPatch, *, rows: int) -> None:
     monkeypatch.setattr(transformers_pretrain.PretrainTrainer, "compute_loss", hungry)
 
 
-def wide(parts: int):
+def wide_inputs(model: Path, folder: Path) -> dict:
+    from training_inputs import a_checkpoint, a_corpus
+
+    return {"checkpoint": a_checkpoint(folder / "base", model), "corpus": a_corpus(folder / "corpus", model)}
+
+
+def wide(parts: int, stream: TextIO | None = None):
     """Training whose steps read four blocks, together if it may."""
     from fmops.lifecycle import Pretrain
     from fmops.pretraining.pretrain import pretrain
@@ -127,17 +189,12 @@ def wide(parts: int):
 
     config = Pretrain(tokens=2500, batch_tokens=512, learning_rate=1e-3, checkpoints=1)
     return lambda **given: pretrain(
-        config, context=StageContext(seed=7, stream=io.StringIO(), micro_batch_parts=parts), **given
+        config, context=StageContext(seed=7, stream=stream or io.StringIO(), micro_batch_parts=parts), **given
     )
 
 
 def test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_steps(tiny_model, tmp_path, monkeypatch):
-    from training_inputs import a_checkpoint, a_corpus
-
-    given = {
-        "checkpoint": a_checkpoint(tmp_path / "base", tiny_model),
-        "corpus": a_corpus(tmp_path / "corpus", tiny_model),
-    }
+    given = wide_inputs(tiny_model, tmp_path)
     wide(1)(**given, out=tmp_path / "whole")
     starve(monkeypatch, rows=2)
     with pytest.raises(
@@ -154,6 +211,72 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_steps(tin
     starve(monkeypatch, rows=0)
     with pytest.raises(StageFailed, match=r"out of memory with one example at a time\. Lower block_tokens"):
         wide(4)(**given, out=tmp_path / "never")
+
+
+ROOM = 110_000_000
+"""Bytes that training may map beside the loaded model: eight blocks in a row want more, one at a time needs less."""
+
+
+def a_model_with_activations(folder: Path, *, like: Path) -> Path:
+    """Wide enough that the row of a micro-batch takes more memory than weights and moments do."""
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+    shutil.copytree(like, folder)
+    torch.manual_seed(0)
+    small = AutoConfig.from_pretrained(like)
+    config = LlamaConfig(
+        vocab_size=small.vocab_size, hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def train_within(room: int | None, given: dict, *, parts: int, out: Path) -> int:
+    """Train in a fork to which the kernel gives `room` more bytes once the model is loaded; returns its exit code."""
+    from fmops.adapters import transformers_pretrain
+    from fmops.lifecycle import Pretrain
+    from fmops.pretraining.pretrain import pretrain
+    from fmops.stage import StageContext
+
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    original = transformers_pretrain.PretrainTrainer.compute_loss
+
+    def limited(self, *args, **kwargs):
+        if room is not None and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + room, resource.RLIM_INFINITY))
+        return original(self, *args, **kwargs)
+
+    transformers_pretrain.PretrainTrainer.compute_loss = limited
+    code = 0
+    try:
+        pretrain(
+            Pretrain(tokens=2100, batch_tokens=1024, learning_rate=1e-3, checkpoints=1),
+            context=StageContext(seed=7, stream=io.StringIO(), micro_batch_parts=parts),
+            out=out,
+            **given,
+        )
+    except StageFailed as error:
+        code = error.exit_code
+    os._exit(code)
+
+
+def test_memory_that_the_kernel_refuses_is_told_as_such_and_smaller_micro_batches_learn_the_same(tiny_model, tmp_path):
+    given = wide_inputs(a_model_with_activations(tmp_path / "model", like=tiny_model), tmp_path)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert train_within(None, given, parts=1, out=tmp_path / "whole") == 0
+    assert train_within(ROOM, given, parts=1, out=tmp_path / "cut") == EXIT_MEMORY
+    assert train_within(ROOM, given, parts=8, out=tmp_path / "cut") == 0
+    curves = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "curve.jsonl").read_text().splitlines()[1:]]
+        for name in ("whole", "cut")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
 STAGE_THAT_STARVES = """#!{python}

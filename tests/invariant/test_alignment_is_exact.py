@@ -13,7 +13,7 @@ from trl import DPOConfig, KTOConfig, KTOTrainer
 
 from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.model_files import load_model, load_tokenizer
-from fmops.adapters.trainer import Schedule, arguments
+from fmops.adapters.schedule import Schedule, arguments
 from fmops.adapters.trl_kto import KtoTrainer, balance, held_out_votes, rows
 from fmops.adapters.trl_orpo import OrpoTrainer, log_odds, orpo_loss
 from fmops.errors import FmopsError

@@ -195,7 +195,7 @@ def _dpo(tiny_model, tmp_path, *, adapter: str, shares: bool):
     from trl import DPOConfig, DPOTrainer
 
     from fmops.adapters.model_files import load_tokenizer
-    from fmops.adapters.trainer import Schedule, arguments
+    from fmops.adapters.schedule import Schedule, arguments
     from fmops.adapters.trl_dpo import DpoTrainer
 
     model = load_model(tiny_model)

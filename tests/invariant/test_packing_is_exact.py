@@ -83,7 +83,7 @@ def _trainer(path, tiny_model, tmp_path):
     from trl import SFTConfig
 
     from fmops.adapters.model_files import load_tokenizer
-    from fmops.adapters.trainer import Schedule, arguments
+    from fmops.adapters.schedule import Schedule, arguments
     from fmops.adapters.transformers_pretrain import PretrainTrainer
     from fmops.adapters.trl_sft import SftTrainer
 
@@ -112,7 +112,8 @@ def test_a_step_weighs_tokens_not_blocks(tiny_model, tmp_path):
     from transformers import TrainingArguments
 
     from fmops.adapters.packing import PlannedBlocks
-    from fmops.adapters.trainer import Schedule, Watch, arguments, run
+    from fmops.adapters.schedule import Schedule, arguments
+    from fmops.adapters.trainer import Watch, run
     from fmops.adapters.transformers_pretrain import PretrainTrainer
     from fmops.stage import StageContext
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fmops.adapters.packing import Block, PlannedBlocks, pack, plan_training
-from fmops.adapters.trainer import evenly
+from fmops.adapters.schedule import evenly
 
 
 def _block(size: int) -> Block:

@@ -49,6 +49,14 @@ def _generators() -> dict[str, Any]:
     return found | ({"cuda": torch.cuda.random.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
+def _set_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.random.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.random.set_rng_state_all(states["cuda"])
+
+
 class Guarded:
     """Mixed into a trainer class: no step that went wrong is applied, no half-written resume state is trusted.
 
@@ -78,7 +86,9 @@ class Guarded:
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step + 1 in self.watch.left_out:
             return torch.zeros((), device=self.args.device)
+        self.watch.in_step = True
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self.watch.in_step = False
         # Trainers multiply it by the number of processes, over which gradients are then averaged.
         self.watch.on_micro_batch(float(loss) / ranks.world())
         return loss
@@ -102,11 +112,11 @@ class Guarded:
         # All that needs every rank comes first: what fails after it is the disk.
         self._weights = whole_state(self.model)
         self._moments = whole_optimizer(self.optimizer) if is_sharded(self.model) else None  # type: ignore[attr-defined]
-        generators = ranks.collected(_generators()) if ranks.world() > 1 else []
+        drawn = ranks.collected(_generators()) if ranks.world() > 1 else []
         if ranks.rank() == 0:
             with written_or_explained(folder):
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                for rank, state in enumerate(generators):
+                for rank, state in enumerate(drawn):
                     torch.save(state, folder / f"rng_state_{rank}.pth")
         del self._weights, self._moments
         fault_site("checkpoint-written")
@@ -123,6 +133,19 @@ class Guarded:
             return
         torch.save(self._moments, Path(output_dir) / "optimizer.pt")
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[attr-defined]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers calls it after each step.
+        self.watch.generators = _generators()
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def save_where_it_is(self) -> None:
+        """A resume state of the last whole step, from the middle of the next; none where that step went wrong."""
+        if self.state.global_step and self.watch.trusted(self.state.global_step):
+            # In the middle of the next step they have moved on.
+            _set_generators(self.watch.generators)
+            self._save_checkpoint(self.model, None)
+            self.watch.on_save(self.args, self.state, None)
 
     def _save_rng_state(self, output_dir: str) -> None:
         if ranks.world() == 1:

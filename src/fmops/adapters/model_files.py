@@ -141,6 +141,23 @@ def _measured_precision(context: StageContext, *, kept: Path) -> str:
     return kept.read_text()
 
 
+def flop_per_token(model: Any) -> float:
+    """Operations that a trained token needs: two a weight forward, two backward, two more where the weight learns.
+
+    After Kaplan et al. 2020: attention's own products are left out, and so is the lookup of a token's row.
+    """
+    lookup = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is lookup
+    weights = [p for p in model.parameters() if p.dim() > 1 and (tied or p is not lookup)]
+    return float(sum((6 if p.requires_grad else 4) * p.numel() for p in weights))
+
+
+def peak_flop_per_s(dtype: torch.dtype) -> float:
+    """What the processes together do at most here: the rate of a large matrix product, measured."""
+    size = 4096 if torch.cuda.is_available() else 1024
+    return 2 * size**3 / _gemm_seconds(dtype, size=size) * ranks.world()
+
+
 def _gemm_seconds(dtype: torch.dtype, *, size: int = 1024) -> float:
     """Best of three multiplications of two size × size matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -41,22 +41,10 @@ QUARANTINE = "quarantine.jsonl"
 """Steps that were not applied, in the artifact: step, why, what it read."""
 Keep = Callable[[dict[str, float], dict[str, float]], bool]
 """Whether weights may be kept, by the curve's first row and their own."""
-FLOOR = 0.1
-"""Share of the peak rate at which a run ends, so that the next round can warm up from a model that still moves."""
+HELD_OUT = frozenset({"new_bits_per_byte", "old_bits_per_byte", "held_out_loss"})
 IN_A_ROW = 3
 """Steps that go wrong one after the other until the weights themselves are suspected."""
 LEFT_OUT = "left out by a rollback"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Warm up, stay, decay (WSD; Hu et al. 2024)."""
-
-    learning_rate: float
-    warmup: float
-    """Share of the steps that warm up."""
-    decay: float
-    """Share of the steps that decay to a tenth of the peak."""
 
 
 @dataclass(frozen=True)
@@ -68,49 +56,6 @@ class Trained:
     curve: list[dict[str, float]]
     stopped: bool
     kept_step: int | None
-
-
-def evenly(count: int, steps: int, *, end: bool) -> frozenset[int]:
-    """`count` steps spread evenly over 1…`steps`; the last one is `steps` itself when `end`."""
-    parts = count if end else count + 1
-    chosen = {round(steps * part / parts) for part in range(1, count + 1)}
-    return frozenset(step for step in chosen if step >= 1 and (end or step < steps))
-
-
-def arguments(
-    *, work: Path, steps: int, accumulate: int, schedule: Schedule, dtype: torch.dtype, seed: int
-) -> dict[str, Any]:
-    """Keyword arguments for `TrainingArguments` and TRL's configs. All defaults that differ between them are set."""
-    warmup, decay = math.ceil(schedule.warmup * steps), math.floor(schedule.decay * steps)
-    return {
-        "output_dir": str(work),
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": accumulate,
-        "learning_rate": schedule.learning_rate,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "warmup_steps": warmup,
-        "lr_scheduler_kwargs": {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": FLOOR},
-        "optim": "adamw_torch_fused",
-        "adam_beta2": 0.95,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "bf16": dtype == torch.bfloat16,
-        "use_cpu": not torch.cuda.is_available(),
-        "train_sampling_strategy": "sequential",
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": False,
-        "logging_strategy": "no",
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        # Every process runs the same layers, and buffers are constants.
-        "ddp_find_unused_parameters": False,
-        "ddp_broadcast_buffers": False,
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": seed,
-    }
 
 
 @dataclass(eq=False)
@@ -134,10 +79,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """The measurement by which the best weights are kept, the lowest; None keeps the newest."""
     patience: int | None = None
     """Measurements in a row that are no better, after which the run stops."""
+    flop_per_token: float = 0.0
+    """Of useful work, for the share of this machine's rate that is shown; 0 shows none."""
+    peak_flop_per_s: float = 0.0
+    """Of all processes together."""
     curve: list[dict[str, float]] = field(default_factory=list)
     kept_step: int | None = None
     stopped: bool = False
     leaving: bool = False
+    in_step: bool = False
+    """Gradients are being computed: weights and moments are those of the step before."""
+    generators: dict[str, Any] = field(default_factory=dict)
+    """States of the random generators after the newest step."""
     quarantined: dict[int, str] = field(default_factory=dict)
     """Steps that were not applied, and why."""
     left_out: frozenset[int] = frozenset()
@@ -159,8 +112,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.sealer = resume.Sealer(report=self.context.note)
 
     def leave(self) -> None:
-        """After the step at hand, write a resume state and end."""
+        """Write a resume state and end: at once while gradients are computed, which are dropped; else after the step.
+
+        Several processes finish the step, since they can only leave together.
+
+        Raises:
+            Leave: at once.
+        """
         self.leaving = True
+        if self.in_step and ranks.world() == 1:
+            self.in_step = False
+            raise Leave
 
     def on_micro_batch(self, loss: float) -> None:
         """Called by the trainer with each micro-batch's share of the step's loss."""
@@ -199,8 +161,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.curve.append(row)
         speed = (tokens - self._started[1]) / max(1e-9, self.context.clock() - self._started[0])
         self.context.metrics(step, **{key: value for key, value in row.items() if key != "step"})
-        shown = {"loss": row["loss"]} if "loss" in row else {}
-        self.context.progress(tokens, self.plan.tokens, unit="tokens", tokens_per_s=speed, **shown)
+        self.context.progress(tokens, self.plan.tokens, unit="tokens", tokens_per_s=speed, **self._shown(row, speed))
         fault_site("step")
         if self._went_wrong() >= IN_A_ROW:
             raise GoBack(step)
@@ -208,6 +169,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         # What follows a step that went wrong may be wrong itself: such weights are nothing to go back to.
         control.should_save = (step in self.save_at or leave) and not self.stopped and not self._went_wrong()
         control.should_training_stop = control.should_training_stop or leave
+
+    def _shown(self, row: dict[str, float], speed: float) -> dict[str, float]:
+        """Figures beside the bar: use of the machine, this step's loss, the newest held-out losses."""
+        shown = {"mfu": speed * self.flop_per_token / self.peak_flop_per_s} if self.flop_per_token else {}
+        shown |= {"loss": row["loss"]} if "loss" in row else {}
+        newest = next((r for r in reversed(self.curve) if HELD_OUT & r.keys()), {})
+        return shown | {name: newest[name] for name in sorted(HELD_OUT & newest.keys())}
 
     def _since_best(self, row: dict[str, float]) -> int:
         """How many measurements, `row` the last, were no better than the kept weights'; 0: `row` is to be kept."""
@@ -217,6 +185,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         kept = next(earlier[name] for earlier in self.curve if earlier["step"] == self.kept_step)
         since = [earlier for earlier in self.curve if name in earlier and earlier["step"] > (self.kept_step or 0)]
         return 0 if row[name] < kept else len(since) + 1
+
+    def trusted(self, step: int) -> bool:
+        """Whether weights after `step` are something to go back to, and not saved yet."""
+        return bool(self.generators) and step not in self.save_at and not self._went_wrong()
 
     def _went_wrong(self) -> int:
         """Newest steps that went wrong one after the other."""
@@ -294,6 +266,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         return self.plan.tokens_after[step - 1] if step else 0
 
 
+class Leave(Exception):
+    """Told to leave in the middle of a step."""
+
+
 class GoBack(Exception):
     """Several steps went wrong one after the other; not an error yet."""
 
@@ -336,7 +312,9 @@ def run(trainer: Any, watch: Watch, *, work: Path) -> None:
         raise Terminated(
             f"told to leave (SIGTERM) after step {step} of {watch.plan.steps}. Run again to go on from there."
         )
-    watch.context.cost["tokens_per_s"] = watch.tokens_per_s(trainer.state.global_step)
+    speed = watch.context.cost["tokens_per_s"] = watch.tokens_per_s(trainer.state.global_step)
+    if watch.flop_per_token:
+        watch.context.cost["mfu"] = speed * watch.flop_per_token / watch.peak_flop_per_s
     if watch.kept_step not in (None, trainer.state.global_step):
         watch.put_back(trainer.model)
     refuse_not_finite(trainer.model)
@@ -350,6 +328,10 @@ def _train(trainer: Any, watch: Watch, checkpoint: Path | None, *, work: Path) -
         set_seed(watch.context.seed)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return
+        except Leave:
+            watch.wait_for_disk()
+            trainer.save_where_it_is()
             return
         except GoBack as wrong:
             watch.wait_for_disk()

@@ -19,10 +19,20 @@ from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.guarded import Guarded
 from fmops.adapters.held_out import read_held_out
 from fmops.adapters.linear_loss import learn_without_logits
-from fmops.adapters.model_files import add_lora, choose_precision, load_model, load_tokenizer, save_adapter, save_model
+from fmops.adapters.model_files import (
+    add_lora,
+    choose_precision,
+    flop_per_token,
+    load_model,
+    load_tokenizer,
+    peak_flop_per_s,
+    save_adapter,
+    save_model,
+)
 from fmops.adapters.packing import PlannedBlocks, collate, labels_of, micro_batch, plan_training, read_blocks
+from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.sharding import made_whole, shard
-from fmops.adapters.trainer import Keep, Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.adapters.trainer import Keep, Trained, Watch, prepare, run
 from fmops.artifacts import Corpus
 from fmops.errors import FmopsError
 from fmops.lifecycle import Pretrain
@@ -65,6 +75,7 @@ def train(
     micro = micro_batch(plan, sizes, processes=ranks.world())
     if config.tuning == "lora":
         model = add_lora(model, rank=LORA_RANK)
+    work_a_token = flop_per_token(model)
     model = shard(model, context.sharding)
     watch = Watch(
         plan=plan,
@@ -75,6 +86,8 @@ def train(
         keep=keep,
         best=config.metric if config.keep == "best" else None,
         patience=config.patience,
+        flop_per_token=work_a_token,
+        peak_flop_per_s=peak_flop_per_s(dtype),
     )
     if config.on_ceiling == "adjust":
         watch.go_on = halve_the_rate

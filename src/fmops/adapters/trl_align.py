@@ -28,8 +28,9 @@ from fmops.adapters.model_files import (
     save_model,
 )
 from fmops.adapters.packing import Plan
+from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.shared_prefix import share_prefixes
-from fmops.adapters.trainer import Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.adapters.trainer import Trained, Watch, prepare, run
 from fmops.errors import FmopsError
 from fmops.lifecycle import Align
 from fmops.stage import StageContext

@@ -22,10 +22,20 @@ from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.guarded import Guarded
 from fmops.adapters.held_out import total_loss
 from fmops.adapters.linear_loss import learn_without_logits
-from fmops.adapters.model_files import add_lora, choose_precision, load_model, load_tokenizer, save_adapter, save_model
+from fmops.adapters.model_files import (
+    add_lora,
+    choose_precision,
+    flop_per_token,
+    load_model,
+    load_tokenizer,
+    peak_flop_per_s,
+    save_adapter,
+    save_model,
+)
 from fmops.adapters.packing import Block, PlannedBlocks, collate, labels_of, micro_batch, pack, plan_training
+from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.sharding import made_whole, shard
-from fmops.adapters.trainer import Schedule, Trained, Watch, arguments, evenly, prepare, run
+from fmops.adapters.trainer import Trained, Watch, prepare, run
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.stage import StageContext
@@ -84,6 +94,7 @@ def train(
     micro = micro_batch(plan, sizes, processes=ranks.world())
     if config.adapter == "lora":
         model = add_lora(model, rank=config.rank)
+    work_a_token = flop_per_token(model)
     model = shard(model, context.sharding)
     watch = Watch(
         plan=plan,
@@ -93,6 +104,8 @@ def train(
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         best="held_out_loss" if config.keep == "best" else None,
         patience=config.patience,
+        flop_per_token=work_a_token,
+        peak_flop_per_s=peak_flop_per_s(dtype),
     )
     planned = PlannedBlocks(blocks, plan)
     trainer = SftTrainer(
