@@ -1,6 +1,7 @@
 """What a second process costs: `torchrun --nproc-per-node 2 -m benchmarks.scaling MODEL STEPS`.
 
-Enters: a model folder, steps a measurement. Leaves: one JSON line: processor seconds a step, alone and in two.
+Enters: a model folder, steps a measurement. Leaves: one JSON line: processor seconds a step, alone and in two, and
+what the difference goes into.
 Refuses: to state a speed: two processes of one busy machine share its cores; what they spend is what can be told.
 """
 
@@ -29,8 +30,12 @@ BLOCK, BLOCKS = 512, 4
 """Tokens of a block, blocks of a step."""
 
 
-def stepper(folder: Path, *, way: str) -> Callable[[int], None]:
-    """One optimizer step over this rank's share of the blocks: all in one process (`alone`), half in two."""
+def stepper(folder: Path, *, way: str) -> Callable[[int], tuple[float, float]]:
+    """Optimizer steps over this rank's share of the blocks: all in one process (`alone`), half in two.
+
+    Called with a number of steps it returns processor seconds for gradients, which are averaged meanwhile, and for
+    clipping and the optimizer.
+    """
     model = load_model(folder)
     attend_by_document(model, note=print)
     learn_without_logits(model, note=print)
@@ -45,12 +50,17 @@ def stepper(folder: Path, *, way: str) -> Callable[[int], None]:
         for _ in range(BLOCKS)
     ]
 
-    def step(count: int) -> None:
+    def step(count: int) -> tuple[float, float]:
+        gradients = update = 0.0
         for _ in range(count):
+            start = time.process_time()
             trained(**collate([blocks[index] for index in mine])).loss.backward()
+            middle = time.process_time()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            gradients, update = gradients + middle - start, update + time.process_time() - middle
+        return gradients, update
 
     return step
 
@@ -61,29 +71,37 @@ def main(folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     with ranks.joined():
         ways = {way: stepper(folder, way=way) for way in ("alone", "ddp", "fsdp2")}
-        spent: dict[str, list[float]] = {way: [] for way in ways}
+        spent: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for turn in range(PAIRS + 1):
             for way, step in ways.items():
                 dist.barrier()
-                before = time.process_time()
-                if way != "alone" or ranks.rank() == 0:
-                    step(steps)
-                used = time.process_time() - before if way != "alone" or ranks.rank() == 0 else 0.0
-                total = ranks.summed([used])[0]
+                used = step(steps) if way != "alone" or ranks.rank() == 0 else (0.0, 0.0)
+                gradients, update = ranks.summed(used)
                 if turn:
-                    spent[way].append(total / steps)
+                    spent[way].append((gradients / steps, update / steps))
         parameters = sum(p.numel() for p in load_model(folder).parameters())
         if ranks.rank() == 0:
-            alone = statistics.median(spent["alone"])
+            middle = {
+                way: [statistics.median(part) for part in zip(*found, strict=True)] for way, found in spent.items()
+            }
+            totals = {way: [sum(pair) for pair in found] for way, found in spent.items()}
+            alone = statistics.median(totals["alone"])
             print(json.dumps({
                 "parameters": parameters,
                 "tokens_a_step": BLOCK * BLOCKS,
                 "n": PAIRS,
                 "cpu_s_a_step": {
                     way: [round(value, 4) for value in (statistics.median(found), min(found), max(found))]
-                    for way, found in spent.items()
+                    for way, found in totals.items()
                 },
-                "efficiency": {way: round(alone / statistics.median(spent[way]), 3) for way in ("ddp", "fsdp2")},
+                "efficiency": {way: round(alone / statistics.median(totals[way]), 3) for way in ("ddp", "fsdp2")},
+                "lost_of_a_step": {
+                    way: {
+                        "averaging, gathering, shorter rows": round((middle[way][0] - middle["alone"][0]) / alone, 3),
+                        "update": round((middle[way][1] - middle["alone"][1]) / alone, 3),
+                    }
+                    for way in ("ddp", "fsdp2")
+                },
                 "megabytes_sent_a_rank_and_step": {
                     "ddp": round(4 * parameters / 1e6, 2), "fsdp2": round(1.5 * 4 * parameters / 1e6, 2)
                 },
