@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+import random
 
+import numpy as np
+import pytest
+
+from benchmarks.checkpoints import best_interval
 from fmops.adapters.packing import Block, PlannedBlocks, pack, plan_training
 from fmops.adapters.schedule import evenly
 
@@ -63,3 +67,22 @@ def test_measurements_end_on_the_last_step_and_resume_states_before_it():
     assert evenly(3, 100, end=False) == {25, 50, 75}
     assert evenly(4, 1, end=False) == frozenset()
     assert evenly(4, 2, end=True) == {1, 2}
+
+
+def test_the_expected_goodput_is_what_a_simulation_of_kills_finds():
+    save_s, restart_s, between_s = 0.05, 0.3, 4.0
+    interval_s, expected = best_interval(save_s=save_s, restart_s=restart_s, between_s=between_s)
+    dice = random.Random(0)
+    spent, segments = 0.0, 20_000
+    for _ in range(segments):
+        needed, lived = interval_s + save_s, dice.expovariate(1 / between_s)
+        # Kills have no memory: each segment may begin with a fresh one.
+        while lived < needed:
+            spent += lived
+            needed, lived = restart_s + interval_s + save_s, dice.expovariate(1 / between_s)
+        spent += needed
+    assert segments * interval_s / spent == pytest.approx(expected, rel=0.02)
+    # Where kills are rare it is Young's interval, and little is lost.
+    rare, goodput = best_interval(save_s=save_s, restart_s=restart_s, between_s=1e5)
+    assert rare == pytest.approx((2 * save_s * 1e5) ** 0.5, rel=0.05)
+    assert goodput > 0.99
