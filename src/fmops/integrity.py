@@ -94,7 +94,7 @@ def refuse_pickle(path: Path) -> None:
         found = _pickle_in(file, path.name, path.suffix.lower(), depth=0)
     if found:
         raise IntegrityError(
-            f"{path.name}: {found}. A pickle runs code when it is opened, so none ever is. "
+            f"{found}. A pickle runs code when it is opened, so none ever is. "
             "Give weights as safetensors or GGUF, and data as text, JSON Lines or Parquet."
         )
 
@@ -181,6 +181,7 @@ def _is_safetensors(file: IO[bytes], size: int) -> bool:
         return False
     try:
         header = json.loads(file.read(length))
-    except ValueError:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, LookupError, TypeError):
         return False
-    return isinstance(header, dict)
+    return 8 + length + max(ends, default=0) == size

@@ -381,6 +381,8 @@ def read_lifecycle(path: Path) -> Lifecycle:
     """
     from fmops.yaml_lines import parse_yaml
 
+    if path.is_dir():
+        raise FmopsError(f"{path} is a folder. Name the spec in it: --spec {path / 'lifecycle.yaml'}.")
     if not path.is_file():
         raise FmopsError(f"no spec at {path}. Write one with `fmops init`, or name another with --spec.")
     document = parse_yaml(path)

@@ -91,9 +91,14 @@ def _resolve_one(uri: str, *, root: Path, cache: Path, digests: Digests, report:
         found = _fetched(address, scheme=scheme.group(1).lower(), cache=cache, digests=digests, report=report)
     files = []
     for name, path in sorted(found.items()):
-        digest = digests.of(path)
-        refuse_pickle(path)
-        refuse_disguised(path)
+        try:
+            digest = digests.of(path)
+            refuse_pickle(path)
+            refuse_disguised(path)
+        except OSError as error:
+            raise FmopsError(
+                f"{path} cannot be read ({error.strerror}). Give yourself the right to, or leave it out of {address!r}."
+            ) from None
         files.append(SourceFile(path=path, name=name, sha256=digest, bytes=path.stat().st_size))
     if pin:
         _require_digest(uri, pin.group(1), files)
@@ -130,6 +135,8 @@ def _local(address: str, *, root: Path) -> dict[str, Path]:
         for path in found
         if not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(fixed).parts)
     ]
+    if not found and pattern.is_dir():
+        raise FmopsError(f"the folder {address!r} in {root} holds no file. Put some there, or name another.")
     if not found:
         raise FmopsError(
             f"no file matches {address!r} in {root}. Check the path; `folder/**/*.txt` matches at any depth."

@@ -133,6 +133,8 @@ def parse_yaml(path: Path) -> YamlDocument:
         raise FmopsError(
             f"{shown(path)}: the character {error.character!r} at place {error.position} is not allowed. Remove it."
         ) from None
+    except OSError as error:
+        raise FmopsError(f"{shown(path)} cannot be read ({error.strerror}). Give yourself the right to.") from None
     except UnicodeDecodeError as error:
         raise FmopsError(f"{shown(path)}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     if not isinstance(root, yaml.MappingNode):

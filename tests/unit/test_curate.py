@@ -253,6 +253,31 @@ def test_a_long_text_file_becomes_several_documents(
     assert all(identity.startswith("new/book.txt#") for identity in ids)
 
 
+def test_a_table_with_a_changed_byte_gives_what_is_whole_and_names_itself(
+    tmp_path: Path, base: Checkpoint, context: StageContext
+) -> None:
+    import pyarrow as pa
+
+    write(tmp_path / "files" / "a.jsonl", TOPICS[:9])
+    table = tmp_path / "files" / "b.parquet"
+    pq.write_table(pa.table({"text": ["A marked sentence. " * 40]}), table, compression="none", use_dictionary=False)
+    content = table.read_bytes()
+    table.write_bytes(content.replace(b"marked", b"mark\x8cd"))
+    corpus = run(tmp_path, base, context, uri="files", quality=False)
+    assert dropped(corpus)["unreadable"] == 1
+    assert "b.parquet:1: broken Parquet" in context.stream.getvalue()
+
+
+def test_a_domain_too_small_to_judge_is_told_before_any_training(
+    tmp_path: Path, base: Checkpoint, context: StageContext
+) -> None:
+    (tmp_path / "quiz" / "items").mkdir(parents=True)
+    write(tmp_path / "new.jsonl", TOPICS[:5])
+    corpus = run(tmp_path, base, context, benchmarks=Benchmarks(path=tmp_path / "quiz", items={}), quality=False)
+    assert corpus.held_out_new == 1
+    assert "held out of the new domain: 1 document, and an error needs two" in context.stream.getvalue()
+
+
 def test_a_truncated_archive_gives_what_is_whole_and_names_itself(
     tmp_path: Path, base: Checkpoint, context: StageContext
 ) -> None:

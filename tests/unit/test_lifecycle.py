@@ -176,6 +176,22 @@ def test_a_missing_spec_says_how_to_get_one(tmp_path):
         read_lifecycle(tmp_path / "none.yaml")
 
 
+def test_a_folder_instead_of_a_spec_is_told_apart(tmp_path):
+    with pytest.raises(FmopsError, match=r"is a folder. Name the spec in it: --spec .*/lifecycle.yaml"):
+        read_lifecycle(tmp_path)
+
+
+def test_a_spec_that_may_not_be_read_is_not_said_to_be_unwritable(tmp_path, monkeypatch):
+    (tmp_path / "lifecycle.yaml").write_text(GOOD)
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(FmopsError, match=r"lifecycle.yaml cannot be read \(Permission denied\)"):
+        read_lifecycle(tmp_path / "lifecycle.yaml")
+
+
 def test_the_starter_is_a_valid_spec_and_is_never_overwritten(tmp_path):
     path = write_starter(tmp_path / "My Model")
     assert read_lifecycle(path).name == "my-model"

@@ -32,6 +32,19 @@ def test_docstrings_of_a_module_come_under_their_names(tmp_path: Path) -> None:
     assert docstrings(path) == "toy\n***\n\nToys.\n\n\ntoy.spin(top, *, fast=True)\n\nSpin it."
 
 
+def test_the_tiny_sets_leave_the_whole_ones_alone() -> None:
+    import yaml
+
+    quickstart = Path(__file__).resolve().parents[2] / "quickstart"
+    sources = {}
+    for name in ("lifecycle", "tiny"):
+        spec = yaml.safe_load((quickstart / f"{name}.yaml").read_text())
+        data = spec["data"]
+        named = [*data["corpora"].values(), data["conversations"], data["preferences"]]
+        sources[name] = {Path(each["source"]).parts[0] for each in named}
+    assert sources == {"lifecycle": {"data"}, "tiny": {"data-tiny"}}
+
+
 def test_a_sample_does_not_depend_on_the_order_it_came_in() -> None:
     from prepare import pick, scattered
 

@@ -192,6 +192,39 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: 
         resolve(name, root=tmp_path, cache=tmp_path / "cache")
 
 
+def test_weights_that_were_cut_short_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[64],"data_offsets":[0,64]}}'
+    whole = len(header).to_bytes(8, "little") + header + b"x" * 64
+    (tmp_path / "m.safetensors").write_bytes(whole)
+    assert names("m.safetensors", tmp_path) == ["m.safetensors"]
+    for broken in (
+        whole[:-1],
+        whole.replace(b'"data_offsets"', b'"data_offsetz"'),
+        whole.replace(b"[0,64]", b"[0,{}]"),
+    ):
+        (tmp_path / "m.safetensors").write_bytes(broken)
+        with pytest.raises(IntegrityError, match=r"m.safetensors is named .safetensors but is none"):
+            names("m.safetensors", tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # The rights themselves do not bind the superuser, as whom tests may run.
+    monkeypatch.setattr("fmops.integrity.sha256", denied)
+    with pytest.raises(FmopsError, match=r"a.txt cannot be read \(Permission denied\). Give yourself the right to"):
+        names("a.txt", tmp_path)
+
+
+def test_an_empty_folder_says_so(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    with pytest.raises(FmopsError, match=r"the folder 'docs' in .* holds no file"):
+        names("docs", tmp_path)
+
+
 def test_a_parquet_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"x" * 100)
     with pytest.raises(IntegrityError, match="or is cut short"):

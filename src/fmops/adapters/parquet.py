@@ -29,7 +29,8 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[Row | Unreadable]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(f"{name}:{number}", fields)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # ValueError: a changed byte can leave the file whole and its text no UTF-8.
         yield Unreadable(f"{name}:{number + 1}", f"broken Parquet: {error}")
 
 

@@ -72,6 +72,12 @@ def curate(
     held_out = spool.mark_held_out(domains, share=config.curate.held_out, seed=context.seed)
     _require_documents(spool)
     for domain, documents in held_out.items():
+        if benchmarks and domains[domain] and len(documents) < 2:
+            context.note(
+                f"held out of the {domain} domain: {len(documents)} document, and an error needs two to be estimated. "
+                "The gate will reject a family that is measured on it: give more documents"
+            )
+    for domain, documents in held_out.items():
         _write_held_out(spool, documents, out / "held_out" / f"{domain}.jsonl")
     write_contaminated(spool.ledger.items, out / "contaminated.jsonl")
     fault_site("curate-split")

@@ -64,7 +64,8 @@ def recall(store: Store, what: str) -> Recall:
         keys = [record.key for record in records]
         raise FmopsError(
             f"no document and no artifact of {store.place} is called {what!r}.{nearest(what, keys)} A document is "
-            "named by the `id`, `sha256` or `source` that documents.jsonl gives it; `fmops status` lists artifacts."
+            "named by the `id`, `sha256` or `source` that a corpus's documents.jsonl gives it; one that was dropped, "
+            "or held out, was never learnt. `fmops status` lists artifacts."
         )
     roots = [start] if start else list({match.record.key: match.record for match in matches}.values())
     found: dict[str, Record] = {root.key: root for root in roots}

@@ -16,7 +16,7 @@ from fmops.locks import holder
 from fmops.orchestration.estimate import estimate, parameters_of
 from fmops.orchestration.events import read_events
 from fmops.orchestration.project import Project
-from fmops.store import Record
+from fmops.store import Record, artifact_key
 
 if TYPE_CHECKING:
     from fmops.orchestration.run import Outcome
@@ -132,7 +132,7 @@ def render_status(project: Project) -> str:
     started = json.loads((runs[-1] / "run.json").read_text())["started"]
     lines.append(f"last run: {runs[-1].name}, started {started}")
     rows = []
-    for name in project.graph.nodes:
+    for name, node in project.graph.nodes.items():
         mine = [event for event in events if event["node"] == name]
         planned = next((e["state"] for e in mine if e["event"] == "planned"), "")
         unknown_yet = "cached" if planned == "cached" else "not reached"
@@ -141,10 +141,13 @@ def render_status(project: Project) -> str:
         detail = next((e["summary"] for e in reversed(mine) if e["event"] == "finished"), "")
         if state == "started" and shown:
             detail = f"{shown['done']:,.0f}/{shown['total']:,.0f} {shown['unit']}"
-        rows.append((name, "running" if state == "started" and held else _STATES.get(state, state), detail))
-    return "\n".join([*lines, table(("stage", "state", ""), rows)])
+        made = next((e["fingerprint"] for e in reversed(mine) if e.get("fingerprint") and state in _KEPT), None)
+        key = artifact_key(node.stage.name, made) if made else ""
+        rows.append((name, "running" if state == "started" and held else _STATES.get(state, state), key, detail))
+    return "\n".join([*lines, table(("stage", "state", "artifact", ""), rows)])
 
 
+_KEPT = ("finished", "cached")
 _STATES = {"started": "interrupted", "finished": "done", "cached": "cached", "failed": "failed"}
 
 
@@ -196,7 +199,7 @@ def _generations(project: Project, record: Record) -> dict[str, str]:
 
 
 def _short(text: str, width: int = 160) -> str:
-    flat = " ".join(text.split())
+    flat = " ".join(text.split()) or "(nothing)"
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 

@@ -49,6 +49,7 @@ def serve_ui(project: Project, *, port: int, say: Callable[[str], None] = print)
     from fmops.adapters import dagster, mlflow
 
     servers = ui_servers(project, _ports(port))
+    print("starting Dagster's page and MLflow's …", file=sys.stderr, flush=True)
     # A run that was killed left records that neither database knows.
     dagster.rebuild(project.store, dagster_home=project.store.root / "dagster")
     mlflow.rebuild(project.store)
@@ -59,7 +60,7 @@ def serve_ui(project: Project, *, port: int, say: Callable[[str], None] = print)
         say(f"lineage    {servers[0].url}")
         say(f"tracking   {servers[1].url}")
         artifacts = len(project.store.records())
-        say(f"Both show the {runs} runs and {artifacts} artifacts of {project.store.root}. Ctrl-C ends.")
+        say(f"Both show {runs} run{'s' * (runs != 1)} and {artifacts} artifacts of {project.store.root}. Ctrl-C ends.")
         while all(process.poll() is None for process in processes):
             time.sleep(LOOK_S)
         ended = next(server for server, process in zip(servers, processes, strict=True) if process.poll() is not None)
