@@ -139,7 +139,12 @@ class FakeKubernetes:
     def _delete(self, path: str, _: Manifest, __: Request) -> Response:
         if path not in self.objects:
             return _failure(404, "not found")
-        return _json(self.objects.pop(path))
+        gone = self.objects.pop(path)
+        for place, each in list(self.objects.items()):
+            if {"uid": gone["metadata"]["uid"]} in each["metadata"].get("ownerReferences", ()):
+                del self.objects[place]
+                self.logs = {of: lines for of, lines in self.logs.items() if of[0] != each["metadata"]["name"]}
+        return _json(gone)
 
     def _keep(self, place: str, manifest: Manifest) -> Manifest:
         self.objects[place] = copy.deepcopy(manifest)

@@ -17,14 +17,15 @@ import pytest
 import yaml
 
 from fmops.adapters.kubernetes import connect
-from fmops.errors import EXIT_MEMORY, FmopsError, StageFailed
+from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
 from fmops.orchestration.deploy import Platform
 from fmops.orchestration.eks import EksLauncher, render_run
 from fmops.orchestration.project import Project
 
 DIGEST = "sha256:" + "ab" * 32
 STORE = f"s3://{local_s3.BUCKET}/eks"
-FAILED = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}
+FAILED = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}
+LOST = {"jobDeploymentStatus": "Failed", "reason": "JobStatusCheckTimeoutExceeded", "message": "checks were failing"}
 
 
 def platform(profile="cpu"):
@@ -43,9 +44,11 @@ class KubeRay:
             name, status = job["metadata"]["name"], job.get("status") or {}
             match status.get("jobDeploymentStatus"):
                 case None:
-                    pod = {"kind": "Pod", "metadata": {"name": f"{name}-head", "labels": {
-                        "ray.io/cluster": f"{name}-c", "ray.io/node-type": "head"}}}  # fmt: skip
-                    self.api.objects[f"/api/v1/namespaces/fmops-train/pods/{name}-head"] = pod
+                    owner = {"uid": job["metadata"]["uid"]}
+                    labels = {"batch.kubernetes.io/job-name": name}
+                    about = {"name": f"{name}-x1", "labels": labels, "ownerReferences": [owner]}
+                    pod = {"kind": "Pod", "metadata": about}
+                    self.api.objects[f"/api/v1/namespaces/fmops-train/pods/{name}-x1"] = pod
                     status = {"jobDeploymentStatus": "Initializing", "rayClusterName": f"{name}-c"}
                 case "Initializing":
                     status = status | {"jobDeploymentStatus": "Running"}
@@ -54,7 +57,7 @@ class KubeRay:
             self.api.change("RayJob", name, status=status)
 
     def say(self, job, *lines: str) -> None:
-        log = self.api.logs.setdefault((f"{job['metadata']['name']}-head", "ray-job-submitter"), [])
+        log = self.api.logs.setdefault((f"{job['metadata']['name']}-x1", "ray-job-submitter"), [])
         for line in lines:
             self.stamp += 1
             log.append((f"2026-11-25T00:00:{self.stamp:02d}.5Z", line))
@@ -159,6 +162,47 @@ def test_a_lost_node_is_kuberays_business_and_is_told(api, spec):
     assert any("its node was lost; starting again" in event.get("text", "") for event in events)
 
 
+def test_a_job_that_kuberay_gave_up_is_submitted_again(api, spec):
+    endings = iter([LOST])
+    kuberay = KubeRay(api, spec)
+    kuberay.outcome = lambda job: next(endings, None) or kuberay.stage(job)
+    events = []
+    assert launch(spec, "base", kuberay, events=events).kind == "checkpoint"
+    told = [event.get("text", "") for event in events]
+    assert any(text.endswith("ended as Failed: checks were failing. It is submitted again.") for text in told), told
+    kuberay.outcome = lambda job: LOST
+    with pytest.raises(StageFailed, match=r"corpus: RayJob corpus-.* ended as Failed: checks were failing"):
+        launch(spec, "corpus", kuberay)
+    assert [verb for verb, path in api.requests if path.endswith("/rayjobs") and verb == "POST"] == ["POST"] * (2 + 4)
+
+
+def test_a_stage_that_was_told_to_leave_goes_on_in_another_job(api, spec):
+    kuberay = KubeRay(api, spec)
+    endings = iter([json.dumps({"event": "failed", "error": "told to leave.", "code": EXIT_TERMINATED})])
+
+    def outcome(job):
+        for line in endings:
+            kuberay.say(job, line)
+            return FAILED
+        return kuberay.stage(job)
+
+    kuberay.outcome = outcome
+    assert launch(spec, "base", kuberay).kind == "checkpoint"
+
+
+def test_what_failed_for_a_reason_is_taken_away_before_kuberay_tries_it_again(api, spec):
+    kuberay = KubeRay(api, spec)
+
+    def fail(job):
+        kuberay.say(job, json.dumps({"event": "failed", "error": "no document is left.", "code": 2}))
+        return {"jobDeploymentStatus": "Retrying"}
+
+    kuberay.outcome = fail
+    with pytest.raises(StageFailed, match="base: no document is left"):
+        launch(spec, "base", kuberay)
+    assert jobs(api) == []
+
+
 def test_the_stages_own_error_and_exit_code_come_back(api, spec):
     kuberay = KubeRay(api, spec)
 
@@ -230,3 +274,47 @@ def test_an_image_without_digest_is_refused(spec):
     unbuilt = Platform("fmops", "cpu", "registry", {})
     with pytest.raises(FmopsError, match=r"unknown image of images\.lock\.yaml 'stages'"):
         render_run(Project.open(spec), platform=unbuilt, baked_in=True)
+
+
+@pytest.fixture
+def dagsters(api, spec, tmp_path, monkeypatch):
+    """The definitions as Dagster's pod on the cluster loads them, and KubeRay beside it."""
+    from fmops.orchestration import code_location, eks
+
+    folder = tmp_path / "platform"
+    folder.mkdir()
+    (folder / "cluster.yaml").write_text(
+        yaml.safe_dump({"cluster": {"name": "fmops", "profile": "cpu", "registry": "1.dkr.ecr/fmops"}})
+    )
+    (folder / "images.lock.yaml").write_text(yaml.safe_dump({"images": {"stages": {"tag": "1", "digest": DIGEST}}}))
+    monkeypatch.setenv("FMOPS_PLATFORM", str(folder))
+    monkeypatch.setattr(eks, "POLL_S", 0.0)
+    kuberay = KubeRay(api, spec)
+    api.before = lambda verb, path: kuberay(0) if verb == "GET" and "/rayjobs/" in path else None
+    return code_location.load(str(spec), str(tmp_path / "workspace"))
+
+
+def test_a_run_from_dagsters_page_is_a_job_of_the_cluster(api, dagsters):
+    import dagster as dg
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = dagsters.resolve_implicit_global_asset_job_def().execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey(["base"])]
+        )
+    assert done.success
+    (job,) = jobs(api)
+    assert job["metadata"]["labels"]["fmops/stage"] == "base"
+    assert job["spec"]["entrypoint"].startswith("fmops stage base --spec /srv/lifecycle.yaml")
+
+
+def test_a_change_of_the_spec_starts_one_run_and_the_loop_is_left_to_where_the_traces_are(dagsters, spec):
+    import dagster as dg
+
+    sensor = dagsters.resolve_sensor_def("changes")
+    with dg.DagsterInstance.ephemeral() as instance:
+        context = dg.build_sensor_context(instance=instance, definitions=dagsters)
+        first = sensor(context)
+        assert [key.path[-1] for key in first.asset_selection] == list(Project.open(spec).graph.nodes)
+        assert "base: " in first.tags["fmops/why"]
+        assert "a run was started for this already" in sensor(context).skip_message
+    assert not dagsters.schedules

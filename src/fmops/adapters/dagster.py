@@ -123,17 +123,19 @@ def open_instance(home: Path) -> dg.DagsterInstance:
 
 
 def definitions(
-    graph: Graph, execute: Execute, store: Store, *, look: Callable[[], list[str]] | None = None
+    graph: Graph, execute: Execute, store: Store, *, look: Callable[[], list[str]] | None = None,
+    todo: Callable[[], dict[str, str]] | None = None,
 ) -> dg.Definitions:  # fmt: skip
     """Everything the lineage page shows: a node an asset, a source an external asset, newest records as metadata.
 
-    `look` is one look of the loop; it becomes the job `loop`, with a schedule that a person switches on.
+    `look` is one look of the loop; it becomes the job `loop`, with a schedule that a person switches on. `todo` says
+    what a run would make and why; it becomes the sensor `changes`, which a person switches on, too.
     """
     newest = {record.node: record for record in store.records()}
-    schedules = [_loop_schedule(look)] if look else []
     return dg.Definitions(
         assets=[*assets(graph, execute, newest=newest), *source_assets(graph)],
-        schedules=schedules,
+        schedules=[_loop_schedule(look)] if look else [],
+        sensors=[_changes_sensor(todo)] if todo else [],
         executor=dg.in_process_executor,
         metadata={"workspace": dg.MetadataValue.path(str(store.root))},
     )
@@ -152,6 +154,26 @@ def _loop_schedule(look: Callable[[], list[str]]) -> dg.ScheduleDefinition:
     job = graph.to_job(executor_def=dg.in_process_executor)
 
     return dg.ScheduleDefinition(job=job, cron_schedule="* * * * *", default_status=dg.DefaultScheduleStatus.STOPPED)
+
+
+def _changes_sensor(todo: Callable[[], dict[str, str]]) -> dg.SensorDefinition:
+    """Starts a run when the spec, a source or the package changed; the same change once."""
+
+    # Dagster reads this annotation, and does not find `dg` when it is text.
+    def changes(context) -> Any:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        wanted = todo()
+        if not wanted:
+            return dg.SkipReason("everything is made")
+        why = "; ".join(f"{name}: {reason}" for name, reason in wanted.items())
+        if why == context.cursor:
+            return dg.SkipReason(f"a run was started for this already: {why}")
+        context.update_cursor(why)
+        return dg.RunRequest(asset_selection=[asset_key(name) for name in wanted], tags={"fmops/why": why[:250]})
+
+    return dg.SensorDefinition(
+        name="changes", evaluation_fn=changes, asset_selection=dg.AssetSelection.all(), minimum_interval_seconds=300,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+    )  # fmt: skip
 
 
 def rebuild(store: Store, *, dagster_home: Path) -> int:

@@ -100,9 +100,9 @@ class Cluster:
         return self.request("PUT", _path(manifest), body=manifest) or {}
 
     def delete(self, kind: str, name: str, *, version: str, namespace: str | None = None) -> bool:
-        """End an object with all that it made; False where there is none."""
+        """End an object; it is there until all that it made is gone. False where there is none."""
         path = path_of(kind, version=version, namespace=namespace, name=name)
-        return self.request("DELETE", path, query={"propagationPolicy": "Background"}, missing=True) is not None
+        return self.request("DELETE", path, query={"propagationPolicy": "Foreground"}, missing=True) is not None
 
     def lines(self, pod: str, *, container: str, namespace: str, since: str | None) -> Iterator[tuple[str, str]]:
         """(time stamp, line) that a container has written after `since`; none while it has not started."""

@@ -1,6 +1,7 @@
 """What Dagster's web server loads: the spec named by FMOPS_SPEC as assets.
 
-Enters: FMOPS_SPEC and, where the workspace lies elsewhere, FMOPS_WORKSPACE. Leaves: `defs`.
+Enters: FMOPS_SPEC; FMOPS_WORKSPACE where the workspace lies elsewhere; on a cluster FMOPS_PLATFORM, a folder that says
+which. Leaves: `defs`.
 Refuses: to release from the page what the gate did not promote. Without FMOPS_SPEC there is nothing to define.
 """
 
@@ -14,20 +15,51 @@ from fmops.errors import FmopsError, GateRejected
 from fmops.locks import Busy, locked
 from fmops.orchestration.launch import launch_local
 from fmops.orchestration.project import Project
+from fmops.orchestration.run import Launcher
 from fmops.store import Record
 
 SPEC = "FMOPS_SPEC"
 WORKSPACE = "FMOPS_WORKSPACE"
+PLATFORM = "FMOPS_PLATFORM"
 
 
 def load(spec: str, workspace: str | None) -> Any:
-    """The `dagster.Definitions` of a spec file."""
+    """The `dagster.Definitions` of a spec file.
+
+    On a cluster the loop is left out: it watches traces and moves traffic, which lie where `fmops up` runs.
+    """
     from fmops.adapters.dagster import definitions
 
     project = Project.open(Path(spec), workspace=Path(workspace) if workspace else None)
+    on_cluster = PLATFORM in os.environ
     return definitions(
-        project.graph, lambda name: materialise(project, name), project.store, look=lambda: look(project)
+        project.graph,
+        lambda name: materialise(project, name),
+        project.store,
+        look=None if on_cluster else lambda: look(project),
+        todo=(lambda: todo(project)) if on_cluster else None,
     )
+
+
+def launcher() -> Launcher:
+    """Stages run in processes here, or as jobs of the cluster that this process runs in."""
+    if PLATFORM not in os.environ:
+        return launch_local
+    from fmops.adapters.kubernetes import connect
+    from fmops.orchestration.deploy import Platform
+    from fmops.orchestration.eks import EksLauncher
+
+    # The image that this is has the spec and what it names by path.
+    return EksLauncher(connect(), Platform.read(Path(os.environ[PLATFORM])), baked_in=True)
+
+
+def todo(project: Project) -> dict[str, str]:
+    """What a run would make, in order, and why; empty when all is made."""
+    return {
+        name: f"{step.reason} ({step.fingerprint[:12]})" if step.fingerprint else step.reason
+        for name, step in project.planner().plan().items()
+        if step.state in ("run", "waiting")
+    }
 
 
 def look(project: Project) -> list[str]:
@@ -61,7 +93,7 @@ def materialise(project: Project, name: str) -> Record:
         if step.fingerprint is None:
             raise FmopsError(f"{name} cannot run: {step.reason}. Materialise that first.")
         log = store.root / "logs" / f"{name}.log"
-        return launch_local(project, name, fingerprint=step.fingerprint, log=log, on_event=lambda _: None)
+        return launcher()(project, name, fingerprint=step.fingerprint, log=log, on_event=lambda _: None)
 
 
 if SPEC in os.environ:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fmops.errors import EXIT_MEMORY, FmopsError, StageFailed
+from fmops.errors import EXIT_FAILED, EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
 from fmops.orchestration.cluster_plan import shape_of, works
 from fmops.orchestration.deploy import Platform
 from fmops.orchestration.execute import MICRO_BATCH_PARTS
@@ -23,6 +23,7 @@ from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.ray_jobs import (
     NAMESPACE,
+    SUBMITTER,
     TRAINS,
     VERSION,
     Manifest,
@@ -38,11 +39,12 @@ if TYPE_CHECKING:
     from fmops.adapters.kubernetes import Cluster
 
 Event = dict[str, Any]
-POLL_S = 5.0
+POLL_S = 2.0
+"""Shorter than KubeRay's own three seconds: a retry takes the log of what failed away."""
 ATTEMPTS = 3
-"""Jobs for one stage, each with smaller micro-batches; nodes that are lost are KubeRay's business and do not count."""
-SUBMITTER = "ray-job-submitter"
-"""The container beside the head that KubeRay adds; it prints what the stage prints."""
+"""Jobs for one stage, each with smaller micro-batches."""
+LOST = 3
+"""Times that a job is submitted again whose stage never said why it ended: KubeRay had given up on a lost node."""
 ENDED = ("Complete", "Failed", "ValidationFailed")
 
 
@@ -67,9 +69,10 @@ class EksLauncher:
         """
         planner = project.planner()
         step = planner.plan()[name]
-        for attempt in range(ATTEMPTS):
+        starved = lost = 0
+        while True:
             spec, job = manifests_of(
-                project, planner, step, fingerprint=fingerprint, attempt=attempt, platform=self.platform,
+                project, planner, step, fingerprint=fingerprint, attempt=starved, platform=self.platform,
                 baked_in=self.baked_in,
             )  # fmt: skip
             self.cluster.apply(spec)
@@ -79,13 +82,19 @@ class EksLauncher:
                 if record is None:
                     raise StageFailed(f"{name}: its job ended well, but {project.store.place} holds no record of it.")
                 return record
-            starved = failure["code"] == EXIT_MEMORY and step.node.stage.name in TRAINS
-            if not starved or attempt == ATTEMPTS - 1:
+            if failure.get("lost") and lost < LOST:
+                lost += 1
+                self._take_away(job["metadata"]["name"])
+                on_event({"event": "note", "text": f"{failure['error']} It is submitted again."})
+            elif failure["code"] == EXIT_MEMORY and step.node.stage.name in TRAINS and starved < ATTEMPTS - 1:
+                starved += 1
+                on_event(
+                    {"event": "note", "text": "out of memory; again with micro-batches cut, the global batch stays"}
+                )
+            else:
                 error = StageFailed(f"{name}: {failure['error']} Its log: {log}")
                 error.exit_code = int(failure["code"])
                 raise error
-            on_event({"event": "note", "text": "out of memory; again with micro-batches cut, the global batch stays"})
-        raise AssertionError("unreachable")
 
     def _submit(self, job: Manifest, on_event: Callable[[Event], None]) -> str:
         from fmops.adapters.kubernetes import Conflict
@@ -96,16 +105,17 @@ class EksLauncher:
             on_event({"event": "note", "text": f"submitted RayJob {name}"})
         except Conflict:
             found = self.cluster.get("RayJob", name, version=VERSION, namespace=NAMESPACE)
-            if found and found.get("status", {}).get("jobDeploymentStatus") in ("Failed", "ValidationFailed"):
-                self.cluster.delete("RayJob", name, version=VERSION, namespace=NAMESPACE)
-                self._gone(name)
+            if found is None or _is_over(found):
+                self._take_away(name)
                 self.cluster.create(job)
                 on_event({"event": "note", "text": f"submitted RayJob {name} again, its last one had failed"})
             else:
                 on_event({"event": "note", "text": f"RayJob {name} is there already; following it"})
         return name
 
-    def _gone(self, name: str) -> None:
+    def _take_away(self, name: str) -> None:
+        """Delete a job and wait until it is gone; its pods get their grace."""
+        self.cluster.delete("RayJob", name, version=VERSION, namespace=NAMESPACE)
         while self.cluster.get("RayJob", name, version=VERSION, namespace=NAMESPACE):
             self.sleep(POLL_S)
 
@@ -117,33 +127,39 @@ class EksLauncher:
             while True:
                 job = self.cluster.get("RayJob", name, version=VERSION, namespace=NAMESPACE)
                 if job is None:
-                    return {"error": f"somebody deleted its RayJob {name}.", "code": 1}
+                    return {"error": f"somebody deleted its RayJob {name}.", "code": EXIT_FAILED}
                 status = job.get("status") or {}
                 state = str(status.get("jobDeploymentStatus") or ("Suspended" if job["spec"].get("suspend") else "New"))
                 if state != last:
                     on_event({"event": "note", "text": f"RayJob {name}: {_told(state)}"})
                     last = state
-                for event in self._events(status.get("rayClusterName"), log):
+                for event in self._events(name, log):
                     if event["event"] == "failed":
                         failure = event
                     elif event["event"] != "finished":
                         on_event(event)
+                if failure and failure["code"] != EXIT_TERMINATED:
+                    # KubeRay knows no reasons: it would start again what would only fail again.
+                    self._take_away(name)
+                    return failure
                 if state in ENDED:
                     if state == "Complete" and status.get("jobStatus") in (None, "SUCCEEDED"):
                         return None
-                    reason = status.get("message") or status.get("reason") or state
-                    return failure or {"error": f"RayJob {name} ended as {state}: {reason}.", "code": 1}
+                    reason = status.get("reason")
+                    text = f"RayJob {name} ended as {state}: {status.get('message') or reason or state}."
+                    # «AppFailed» is the stage's own end; every other reason is the loss of a node or of its head.
+                    lost = state == "Failed" and (reason != "AppFailed" or failure is not None)
+                    return {"error": text, "code": EXIT_FAILED, **(failure or {}), "lost": lost}
                 self.sleep(POLL_S)
         except KeyboardInterrupt:
             self.cluster.delete("RayJob", name, version=VERSION, namespace=NAMESPACE)
             raise
 
-    def _events(self, ray_cluster: str | None, log: Path) -> Iterator[Event]:
-        """What the head's pod has written since the last look; other lines go to the stage's log."""
-        if not ray_cluster:
-            return
-        labels = f"ray.io/cluster={ray_cluster},ray.io/node-type=head"
-        for pod in self.cluster.list("Pod", version="v1", namespace=NAMESPACE, labels=labels):
+    def _events(self, job: str, log: Path) -> Iterator[Event]:
+        """What the job's submitters have written since the last look; other lines go to the stage's log."""
+        for pod in self.cluster.list(
+            "Pod", version="v1", namespace=NAMESPACE, labels=f"batch.kubernetes.io/job-name={job}"
+        ):
             name = str(pod["metadata"]["name"])
             lines = self.cluster.lines(name, container=SUBMITTER, namespace=NAMESPACE, since=self._seen.get(name))
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +171,12 @@ class EksLauncher:
                         kept.write(line + "\n")
                     else:
                         yield event
+
+
+def _is_over(job: Manifest) -> bool:
+    """Whether a job of an earlier run can only be replaced: it failed, or it is being deleted."""
+    state = (job.get("status") or {}).get("jobDeploymentStatus")
+    return state in ("Failed", "ValidationFailed") or "deletionTimestamp" in job["metadata"]
 
 
 def _event(line: str) -> Event | None:

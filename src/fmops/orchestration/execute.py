@@ -31,6 +31,10 @@ PARENT = "FMOPS_PARENT_PID"
 TRAINING = ("pretrain", "instruct", "align")
 MICRO_BATCH_PARTS = "FMOPS_MICRO_BATCH_PARTS"
 """Set by the launcher after the memory ran out."""
+PROCESSES = "FMOPS_PROCESSES"
+"""Set by the launcher on a cluster, one a device; the spec's number is for this machine."""
+PID_FILE = "FMOPS_PID_FILE"
+"""Where the stage process leaves its number, so that whoever stops its pod can tell it first."""
 
 
 def execute(project: Project, name: str, *, fingerprint: str | None, stream: TextIO) -> Record:
@@ -61,7 +65,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
         context = StageContext(
             seed=project.spec.seed,
             threads=project.threads,
-            processes=project.spec.runtime.processes,
+            processes=int(os.environ.get(PROCESSES, project.spec.runtime.processes)),
             launcher=project.spec.runtime.launcher,
             sharding=project.spec.runtime.sharding,
             precision=project.spec.runtime.precision,
@@ -90,6 +94,8 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
     Whatever libraries print goes to standard error, so that the reports stay readable by the parent.
     """
     _die_with_parent()
+    if PID_FILE in os.environ:
+        Path(os.environ[PID_FILE]).write_text(str(os.getpid()))
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

@@ -148,9 +148,13 @@ def _failed(name: str, ended: Ending, *, log: Path, idle_s: float) -> StageFaile
 
 
 def _environment(threads: int) -> dict[str, str]:
-    # Libraries read these once, at import; results are equal bit for bit only at an equal thread count.
+    return {**os.environ, **pinned_threads(threads), PARENT: str(os.getpid())}
+
+
+def pinned_threads(threads: int) -> dict[str, str]:
+    """Variables that libraries read once, at import; results are equal bit for bit only at an equal thread count."""
     pinned = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    return {**os.environ, **pinned, "TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid())}
+    return {**pinned, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _ending(code: int) -> str:

@@ -23,6 +23,8 @@ from fmops.yaml_lines import parse_yaml
 WORKSPACE = ".fmops"
 STORE = "FMOPS_STORE"
 """Environment variable that names a bucket; `--store` sets it, so that every process of a command sees the same."""
+THREADS = "FMOPS_THREADS"
+"""Environment variable of a stage's pod: its share of a node's cores, of which it sees all."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class Project:
 
     @property
     def threads(self) -> int:
-        """Threads a stage computes with: as the spec says, else every core this process may use."""
-        if self.spec.runtime.threads:
-            return self.spec.runtime.threads
+        """Threads a stage computes with: as its pod or the spec says, else every core this process may use."""
+        stated = int(os.environ.get(THREADS, self.spec.runtime.threads or 0))
+        if stated:
+            return stated
         # macOS has no affinity.
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

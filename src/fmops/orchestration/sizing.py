@@ -25,7 +25,9 @@ USABLE = 0.9
 GPU_MFU = 0.40
 """Of published dense pretraining on A100 and H100 (docs/sizing.md lists them); what a well-chosen layout reaches."""
 STATE_BYTES = 16
-"""A parameter under Adam in mixed precision: weight 2, gradient 2, master copy 4, moments 8."""
+"""A parameter under Adam: weight and gradient 4, moments 8; or, in mixed precision, 2, 2, a master copy 4, and 8."""
+FROZEN_BYTES = 4
+"""A weight that is only read: our adapters keep it in 32 bits and compute in 16."""
 DEVICE_FAILURE_H = 16_384 * 54 * 24 / 419
 """Hours between the unexpected interruptions of one device: 419 in 54 days on 16,384 (Llama 3, section 3.3.4)."""
 DRAIN_GB_S = 10.0
@@ -113,6 +115,8 @@ class Instance(Frozen):
     memory_gib: float
     memory_gb_s: float
     network_gb_s: float
+    vcpu: int
+    host_gib: int = Field(description="Of the node itself.")
     dollars_per_hour: float
     mfu: float = GPU_MFU
     trains: bool = True
@@ -183,7 +187,7 @@ def memory(shape: Shape, work: Work, *, tensor: int, pipeline: int, replicas: in
     unit: Korthikanti et al. 2022, with sequence parallelism). Logits are never whole: the loss is fused.
     """
     group = tensor * pipeline
-    state = 2 if work.lora else STATE_BYTES
+    state = FROZEN_BYTES if work.lora else STATE_BYTES
     layer = (shape.parameters - shape.embedding) / shape.layers
     gathered = 2 * 2 * (layer + shape.embedding / shape.layers) / tensor if replicas > 1 else 0.0
     inputs = 2 * work.sequence * shape.hidden * shape.layers / tensor
@@ -243,17 +247,23 @@ class Training:
         return self.hours * self.nodes * self.on.dollars_per_hour
 
 
-def training(shape: Shape, work: Work, on: Instance, *, nodes: int | None = None) -> Training | None:
-    """Size a stage; without `nodes`, on the fewest that hold it. None when no layout fits."""
+def training(
+    shape: Shape, work: Work, on: Instance, *, nodes: int | None = None, devices: int | None = None
+) -> Training | None:
+    """Size a stage; without `nodes`, on the fewest that hold it. None when no layout fits.
+
+    Args:
+        devices: so many of one node, no more and no fewer.
+    """
     for count in [nodes] if nodes else [2**power for power in range(12)]:
-        for devices in _usable(on, count):
-            found = layout(shape, work, on, devices=devices)
+        for used in [devices] if devices else usable_devices(on, count):
+            found = layout(shape, work, on, devices=used)
             if found:
                 return _timed(shape, work, on, found, nodes=count)
     return None
 
 
-def _usable(on: Instance, nodes: int) -> list[int]:
+def usable_devices(on: Instance, nodes: int = 1) -> list[int]:
     """Devices to try on so many nodes: all, and on a single node also fewer, down to one."""
     if nodes > 1:
         return [nodes * on.devices]
@@ -265,7 +275,7 @@ def _timed(shape: Shape, work: Work, on: Instance, found: Layout, *, nodes: int)
     # Stages of a pipeline wait at both ends of a step (Narayanan et al. 2021, without interleaving).
     rate *= _passes(work, found.replicas) / (_passes(work, found.replicas) + found.pipeline - 1)
     between_s = DEVICE_FAILURE_H * 3600 / found.devices
-    state = (2 if work.lora else STATE_BYTES) * shape.parameters / found.devices
+    state = (FROZEN_BYTES if work.lora else STATE_BYTES) * shape.parameters / found.devices
     stop_s = max(1.0, state / (DRAIN_GB_S * 1e9))
     every_s = young_daly(stop_s, between_s)
     good = goodput(every_s, checkpoint_s=stop_s, between_failures_s=between_s, restart_s=RESTART_S)
