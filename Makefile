@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
 READY := .venv/.ready
 
-.PHONY: help setup quickstart quickstart-tiny test lint docs clean
+.PHONY: help setup quickstart quickstart-tiny test tools lint docs clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -32,12 +32,12 @@ quickstart-tiny: setup
 	python quickstart/prepare.py --tiny
 	fmops run --spec quickstart/tiny.yaml --workspace quickstart/.fmops-tiny
 
-test: setup infra/.tools/helm
+test: setup tools
 	pytest -n 2 --dist loadgroup
 
-# The tests of the infrastructure render charts with helm, which a Python wheel brings.
-infra/.tools/helm: $(READY)
-	$(MAKE) -C infra tools
+# What the tests of the infrastructure call: helm and promtool, checkov in an environment of its own.
+tools: $(READY)
+	$(MAKE) --no-print-directory -C infra tools
 
 lint: setup
 	ruff check . && ruff format --check . && mypy

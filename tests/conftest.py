@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "quickstart"))
 sys.path.insert(0, str(ROOT / "tests"))  # example_run, fake_engine
 
+# helm and promtool, where `make -C infra tools` put them.
+os.environ["PATH"] = f"{ROOT / 'infra/.tools'}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # moto reads this once, when the first test of a worker imports it; Terraform attaches AWS's own policies.

@@ -25,7 +25,7 @@ from fmops.lifecycle import Monitor, Rollout
 RULES = Path(pictures.__file__).parent / "prometheus" / "alerts.yaml"
 CASES = Path(__file__).parent / "alerts.promtool.yaml"
 needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt-get install prometheus)"
+    shutil.which("promtool") is None, reason="no promtool: `make -C infra promtool` takes it from Debian"
 )
 
 
