@@ -221,6 +221,18 @@ def test_one_letter_answers_cost_no_tokens_of_their_own(ours):
     assert tokens_read(ours.model, lambda: ours.loglikelihood(many)) == read
 
 
+def test_the_last_feed_forward_runs_only_where_something_is_scored(ours):
+    questions = [request("loglikelihood", text(random.Random(n), 20), " a") for n in range(12)]
+    mlp, rows = ours.model.model.layers[-1].mlp, []
+    hook = mlp.down_proj.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    try:
+        assert tokens_read(ours.model, lambda: ours.loglikelihood(questions)) > 100
+    finally:
+        hook.remove()
+    assert sum(rows) == len(questions)
+    assert not mlp._forward_hooks
+
+
 def test_long_shared_documents_are_kept_while_their_questions_are_asked(ours, theirs):
     rng = random.Random(12)
     document = text(rng, 700)

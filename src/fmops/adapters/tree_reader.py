@@ -7,7 +7,8 @@ Refuses: nothing; a stem that another process has read is read again here, with 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fmops.adapters.prefix_tree import Read, Span, Step
 from fmops.adapters.slot_attention import SlotCache
 from fmops.adapters.tree_attention import Tree, register
 
+MOST_ROWS = 0.75
+"""Share of the rows of a pass from which on picking them out saves nothing."""
 NORMALISED_ROWS = 16
 """Rows of logits that are exponentiated together: their copy stays in the processor's cache."""
 
@@ -39,6 +42,39 @@ def lines(reads: Sequence[Read]) -> list[Step]:
     ]  # fmt: skip
 
 
+def last_mlp(model: Any) -> Any | None:
+    """The feed-forward part of the last layer, whose rows only the head reads; None where it is not a plain one."""
+    layers = getattr(model.base_model, "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    return mlp if hasattr(mlp, "down_proj") else None
+
+
+@contextmanager
+def only_rows(mlp: Any | None, places: torch.Tensor, length: int) -> Iterator[None]:
+    """Compute these rows of a module's output while the block runs; the others are zeros.
+
+    Args:
+        places: in order, of `length` tokens in one row.
+    """
+    if mlp is None or len(places) > MOST_ROWS * length:
+        yield
+        return
+
+    def spread(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        whole = output.new_zeros(1, length, output.shape[2])
+        whole[:, places] = output
+        return whole
+
+    hooks = (
+        mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, places],)), mlp.register_forward_hook(spread)
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class TreeReader:
     """Reads steps in any order; in the planned order no stem is read twice."""
 
@@ -52,20 +88,23 @@ class TreeReader:
         self.cache = SlotCache(max((step.start + len(step.tokens) for step in steps), default=0))
         self._stem: list[int] = []
         self._parents = {step.parent for step in steps}
+        self._mlp = last_mlp(model) if shares else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
     def read(self, index: int, kept: Sequence[int]) -> torch.Tensor:
         """Logits (kept, vocabulary) at places of one step, in float32."""
         step = self.steps[index]
+        places = torch.tensor(kept)
         inputs: dict[str, Any] = {"input_ids": torch.tensor([step.tokens]), "use_cache": False}
         if self.shares:
             stem = self._climb(step.parent)
             positions = torch.tensor([step.depths]) + step.start
             inputs |= {"position_ids": positions, "tree": Tree.of(step, self.cache)}
         if self._keeps_logits:
-            inputs["logits_to_keep"] = torch.tensor(kept)
-        logits: torch.Tensor = self.model(**inputs).logits[0].float()
+            inputs["logits_to_keep"] = places
+        with only_rows(self._mlp, places, len(step.tokens)):
+            logits: torch.Tensor = self.model(**inputs).logits[0].float()
         if self.shares and index in self._parents:
             self._stem = [*stem, index]
             self.cache.length += len(step.tokens)
