@@ -54,14 +54,14 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
-        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=3),
+        Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=4),
         Stage("curate", "fmops.data.curate:curate", Corpus, version=3),
         Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=3),
         Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=4),
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, in_ranks=True, version=2),
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, in_ranks=True, version=2),
         Stage("align", "fmops.finetuning.align:align", Checkpoint, version=3),
-        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=4),
+        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=5),
         Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=3),
         Stage("release", "fmops.deployment.release:release", Release, version=2),
     )

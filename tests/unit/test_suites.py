@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
+from lm_eval.api.task import ConfigurableTask
 
+from fmops.adapters.lm_eval import build_task
 from fmops.artifacts import Source, SourceFile
 from fmops.errors import FmopsError
 from fmops.evaluation.benchmarks import prepare_benchmarks
 from fmops.evaluation.items import choose, odd, read_items
-from fmops.evaluation.protocol import read_lines
+from fmops.evaluation.protocol import PinnedTask, read_lines
 from fmops.evaluation.suites import PACKAGED, load_suite, read_suite, suite_names, suite_sources
 from fmops.jobs import BenchmarksJob
 from fmops.lifecycle import FAMILIES
@@ -112,6 +115,7 @@ def test_a_missing_suite_file_says_where(tmp_path):
         ("metrics: [refusal]", "metrics: [acc]", r"metric refusal judges generated text"),
         ("only: {question: '('}", "form: lettered", r"the pattern for question is no regular expression"),
         ("corpus: new", "form: lettered", r"give either `source` \(items\), `items` \(here\) or `corpus`"),
+        ("shots: 2\n    chat: true", "form: lettered", r"`shots` go before questions that are completed"),
         ("form: cloze", "form: lettered", r"form cloze makes questions from documents: give `corpus`"),
     ],
 )
@@ -159,6 +163,29 @@ def test_a_task_of_long_items_takes_its_share_of_the_limit(prepare):
     }
 
 
+def test_examples_stand_before_every_other_item_as_the_harness_writes_them(prepare, tmp_path):
+    suite = QUIZ.replace("form: lettered", "form: lettered\n    shots: 2")
+    assert prepare(suite=suite, out="few").items == {"sums": 28}
+    asked = {row["question"] for row in read_lines(tmp_path / "few" / "items" / "sums.jsonl")}
+    (entry,) = (PinnedTask.model_validate(each) for each in json.loads((tmp_path / "few" / "tasks.json").read_text()))
+    prepare(out="all")
+    every = read_lines(tmp_path / "all" / "items" / "sums.jsonl")
+    shown = [row for row in every if row["question"] not in asked]
+    assert len(shown) == 2
+    item = next(row for row in every if row["question"] in asked)
+    task = build_task(entry, [item])
+    splits = DatasetDict({"train": Dataset.from_list(shown), "test": Dataset.from_list([item])})
+    reference = ConfigurableTask(config={
+        "task": "sums", "custom_dataset": lambda **_: splits, "test_split": "test", "fewshot_split": "train",
+        "num_fewshot": 2, "fewshot_config": {"sampler": "first_n"}, "output_type": "multiple_choice",
+        "doc_to_text": entry.config.doc_to_text, "doc_to_choice": "choices", "doc_to_target": "label", "metadata": {},
+    })  # fmt: skip
+    assert task.fewshot_context(item, 0) == reference.fewshot_context(item, 2)
+    # A smaller limit shows the same examples.
+    assert prepare(suite=suite, out="less", limit=5).items == {"sums": 5}
+    assert json.loads((tmp_path / "less" / "tasks.json").read_text())[0]["examples"] == entry.examples
+
+
 def test_half_written_items_of_a_killed_attempt_are_replaced(prepare, tmp_path):
     (tmp_path / "out" / "items").mkdir(parents=True)
     (tmp_path / "out" / "items" / "stale.jsonl").write_text("{")
@@ -180,6 +207,15 @@ def unlabelled(row: dict) -> dict:
         (ROWS, ("metrics: [acc]", "metrics: [f1]"), r"metric 'f1' gives no score per sample"),
         (ROWS, ("{{question}}", "{{qestion}}"), r"item sums-\w+: its template does not render: 'qestion' is undefined"),
         (ROWS, ("{{question}}", "{{question.__class__.__mro__}}"), r"does not render: access to attribute '__class__'"),
+        (
+            ROWS, ("doc_to_choice", 'description: "{{question.__class__.__mro__}}"\n      doc_to_choice'),
+            r"does not render: access to attribute '__class__'",
+        ),
+        (
+            ROWS, ("doc_to_choice", 'gen_prefix: "{{qestion}}"\n      doc_to_choice'),
+            r"does not render: 'qestion' is undefined",
+        ),
+        (ROWS[:3], ("form: lettered", "form: lettered\n    shots: 3"), r"task sums: 3 items, and 3 .* Lower `shots`"),
         (ROWS, ("doc_to_choice: choices", "doc_to_choice: choice"), r"'choice' is no field. Did you mean"),
         (ROWS, ("doc_to_target: label", "doc_to_target: 7"), r"has no label: doc_to_target gives 7"),
         ([{**ROWS[0], "level": 1}, {**ROWS[1], "level": "hard"}], ("", ""), r"a field has values of different types"),

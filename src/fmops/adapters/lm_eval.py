@@ -56,6 +56,21 @@ _PROBES: dict[str, dict[str, Any]] = {
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
+class _Task(ConfigurableTask):  # type: ignore[misc]
+    """The harness's task, which renders no template of a suite by itself: it would do so without a sandbox."""
+
+    @staticmethod
+    def resolve_field(doc: dict[str, Any], field: str | None = None) -> str | None:
+        """A description."""
+        if not field:
+            return None
+        return str(doc[field]) if field in doc else _SANDBOX.from_string(field).render(**{"item": doc, **doc})
+
+    def doc_to_prefix(self, doc: dict[str, Any]) -> str | None:
+        """What an answer begins with."""
+        return self.resolve_field(doc, self.config.gen_prefix)
+
+
 def build_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> ConfigurableTask:
     """The harness's task over these documents. `documents` may not be empty.
 
@@ -80,14 +95,14 @@ def build_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> Configurab
     except (TypeError, ValueError) as error:
         # Arrow wants one type a column.
         raise FmopsError(f"task {entry.task}: a field has values of different types: {error}.") from None
-    return ConfigurableTask(
+    return _Task(
         config={
             "task": entry.task,
             "custom_dataset": lambda **_: datasets.DatasetDict({"test": split}),
             "test_split": "test",
             "num_fewshot": 0,
             "output_type": kind,
-            "doc_to_text": _template(config.doc_to_text, documents[0]),
+            "doc_to_text": _asked(entry, documents[0]),
             "doc_to_target": _target(config.doc_to_target, documents[0]),
             "doc_to_choice": _choices(config.doc_to_choice, documents[0]),
             "description": config.description,
@@ -140,6 +155,8 @@ def _peeked(entry: PinnedTask, documents: list[dict[str, Any]]) -> ConfigurableT
 def _check_document(task: ConfigurableTask, entry: PinnedTask, document: dict[str, Any]) -> None:
     item = f"task {entry.task}, item {document['id']}"
     text = task.doc_to_text(document)
+    task.resolve_field(document, entry.config.description)
+    task.doc_to_prefix(document)
     if entry.config.output_type == "generate_until" and not str(text).strip():
         raise FmopsError(f"{item}: the prompt is empty. Look at doc_to_text.")
     target = task.doc_to_target(document)
@@ -274,6 +291,30 @@ def _template(text: str, document: dict[str, Any]) -> Callable[[dict[str, Any]],
         return text
     compiled = _SANDBOX.from_string(text)
     return lambda doc: compiled.render(**{"item": doc, **doc})
+
+
+def _asked(entry: PinnedTask, document: dict[str, Any]) -> Callable[[dict[str, Any]], str] | str:
+    """An item's text, behind the task's examples."""
+    text = _template(entry.config.doc_to_text, document)
+    if not entry.examples:
+        return text
+
+    def asked(doc: dict[str, Any]) -> str:
+        return entry.examples + (text(doc) if callable(text) else str(doc.get(text, text)))
+
+    return asked
+
+
+def write_examples(entry: PinnedTask, examples: list[dict[str, Any]]) -> str:
+    """Items with their answers, as the harness writes few-shot examples before a question."""
+    task = build_task(entry, examples)
+    written = ""
+    for each in examples:
+        answer = task.doc_to_target(each)
+        if isinstance(answer, int):
+            answer = task.doc_to_choice(each)[answer]
+        written += f"{task.doc_to_text(each)}{entry.config.target_delimiter}{answer}\n\n"
+    return written
 
 
 def _target(target: str | int, document: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from fmops.artifacts import Benchmarks, Source
 from fmops.errors import FmopsError
@@ -17,6 +18,8 @@ from fmops.evaluation.protocol import pin, write_json, write_lines
 from fmops.evaluation.suites import Suite, check_together, is_path, items_input, load_suite, read_suite
 from fmops.jobs import BenchmarksJob
 from fmops.stage import StageContext
+
+Documents = list[dict[str, Any]]
 
 
 def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContext, **sources: Source) -> Benchmarks:
@@ -29,7 +32,7 @@ def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContex
     Raises:
         FmopsError: what is wrong with which task, and the remedy.
     """
-    from fmops.adapters.lm_eval import check_task
+    from fmops.adapters.lm_eval import check_task, write_examples
 
     _clear(out)
     suites = tuple(_suite(name, index, sources) for index, name in enumerate(config.suites))
@@ -38,16 +41,18 @@ def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContex
     items: dict[str, int] = {}
     for suite in suites:
         for name, task in suite.tasks.items():
-            documents = []
+            documents: Documents = []
+            examples: Documents = []
             source = sources.get(items_input(name))
             if source is None and task.source is not None:
                 raise FmopsError(f"task {name}: its items did not arrive as the input {items_input(name)}.")
             if task.framework is not None:
                 _keep_file(name, source, out)
             elif task.corpus is None:
-                documents = choose(
-                    read_items(name, task, source), most(task.share, config.limit), seed=context.seed, name=name
-                )
+                documents = read_items(name, task, source)
+                if task.shots:
+                    documents, examples = _set_apart(documents, task.shots, seed=context.seed, name=name)
+                documents = choose(documents, most(task.share, config.limit), seed=context.seed, name=name)
                 if "followed" in task.metrics:
                     for document in documents:
                         require_checks(document.get("checks"), f"task {name}, item {document['id']}")
@@ -55,11 +60,22 @@ def prepare_benchmarks(config: BenchmarksJob, *, out: Path, context: StageContex
                 items[name] = len(documents)
             entry = pin(suite, name, items=len(documents))
             if task.framework is None:
-                check_task(entry, documents)
+                check_task(entry, [*documents, *examples])
+            if examples:
+                entry = entry.model_copy(update={"examples": write_examples(entry, examples)})
             pinned.append(entry)
             context.progress(len(pinned), sum(len(each.tasks) for each in suites), unit="tasks")
     write_json(out / "tasks.json", [entry.model_dump(mode="json") for entry in pinned])
     return Benchmarks(path=out, items=items)
+
+
+def _set_apart(documents: Documents, count: int, *, seed: int, name: str) -> tuple[Documents, Documents]:
+    """Items to ask, and items to show as examples; equal ones at any limit."""
+    if len(documents) <= count:
+        raise FmopsError(f"task {name}: {len(documents)} items, and {count} of them are to be examples. Lower `shots`.")
+    shown = choose(documents, count, seed=seed, name=f"{name}/shots")
+    known = {each["id"] for each in shown}
+    return [each for each in documents if each["id"] not in known], shown
 
 
 def _suite(name: str, index: int, sources: dict[str, Source]) -> Suite:

@@ -32,6 +32,8 @@ class PinnedTask(Frozen):
     characters: int | None
     form: str = "rows"
     share: float = 1.0
+    examples: str = ""
+    """Few-shot examples that stand before every item."""
     framework: str | None = None
     probes: tuple[str, ...] = ()
     critical: bool = False

@@ -80,6 +80,9 @@ class SuiteTask(Frozen):
     share: float = Field(
         1.0, gt=0, le=1, description="Of a limit on items; a task of long items takes less. Two items are the least."
     )
+    shots: int = Field(
+        0, ge=0, le=32, description="So many items, chosen by seed, stand with their answers before every other one."
+    )
     chat: bool = Field(False, description="Ask through the model's chat template.")
     metrics: tuple[str, ...] = Field(min_length=1, description="The first one is what the gate compares.")
     config: TaskConfig
@@ -120,6 +123,10 @@ class SuiteTask(Frozen):
             raise ValueError("give either `source` (items), `items` (here) or `corpus` (held-out documents)")
         if self.checks and "followed" not in self.metrics:
             raise ValueError("`checks` are what the metric followed looks at: add it to `metrics`")
+        if self.shots and (self.chat or self.corpus or self.config.output_type == "loglikelihood_rolling"):
+            raise ValueError(
+                "`shots` go before questions that are completed: no `chat`, `corpus` or rolling likelihood"
+            )
         if (self.form == "cloze") and self.corpus is None:
             raise ValueError("form cloze makes questions from documents: give `corpus`")
         own = [name for name in self.metrics if name in GENERATION_METRICS]
