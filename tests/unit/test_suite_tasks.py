@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fmops.adapters.lm_eval import build_task, check_task
@@ -20,7 +22,7 @@ from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.items import read_items
 from fmops.evaluation.protocol import pin, read_lines
-from fmops.evaluation.suites import load_suite, packaged_texts, suite_names, suite_sources
+from fmops.evaluation.suites import check_together, load_suite, packaged_texts, suite_names, suite_sources
 from fmops.jobs import BenchmarksJob, EvaluateJob
 
 BLIMP = Path(os.environ.get("FMOPS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -99,6 +101,42 @@ def test_minimal_pairs_of_a_hub_s_copy(tmp_path):
     documents = read_items("blimp", suite.tasks["blimp"], source(BLIMP))
     assert len(documents) > 6000
     check_task(pin(suite, "blimp", items=200), documents[:200])
+
+
+HUB_ROWS = {
+    "mmlu-subjects": {"question": "2 + 2?", "subject": "high_school_physics", "choices": ["3", "4"], "answer": 1},
+    "arc-challenge": {
+        "id": "Q7", "question": "Which is ice?", "choices": {"text": ["stone", "don't know", "water"],
+        "label": ["1", "2", "3"]}, "answerKey": "3",
+    },
+    "hellaswag": {
+        "activity_label": "Cooking", "ctx": "A cook takes an egg. He", "endings": ["sings.", "breaks it."],
+        "label": "1",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "label", "begins"), [
+    ("mmlu-subjects", 1, "Question about high school physics: 2 + 2?"), ("arc-challenge", 2, "Question: Which is ice?"),
+    ("hellaswag", 1, "Cooking: A cook"),
+])  # fmt: skip
+def test_benchmarks_that_only_a_hub_has_are_read_in_its_own_columns(name, label, begins, tmp_path):
+    """The columns are those of the hub's Parquet files; the files themselves never came here."""
+    path = tmp_path / "test-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist([HUB_ROWS[name]]), path)
+    suite = load_suite("capability-hub", root=Path())
+    documents = read_items(name, suite.tasks[name], source(path))
+    entry = pin(suite, name, items=1)
+    check_task(entry, documents)
+    task = build_task(entry, documents)
+    assert task.doc_to_target(documents[0]) == label
+    assert task.doc_to_text(documents[0]).startswith(begins)
+    check_together((suite, load_suite("capability", root=Path())))
+
+
+def test_the_hub_s_test_split_without_labels_is_refused(tmp_path):
+    with pytest.raises(FmopsError, match=r"hellaswag-\w+ has no label: .* Use the split that has answers"):
+        asked("capability-hub", "hellaswag", [{**HUB_ROWS["hellaswag"], "label": ""}], tmp_path)
 
 
 def test_a_broken_archive_of_items_is_named(tmp_path):

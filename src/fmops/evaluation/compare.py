@@ -18,7 +18,7 @@ from fmops.evaluation.protocol import PinnedTask, Protocol, read_lines
 from fmops.evaluation.statistics import clustered_mean, one_sided_bounds
 
 SMALLEST_SLICE = 10
-MOST_VALUES = 40
+MOST_VALUES = 80
 """A field with more values than that names items, no kinds of them."""
 SLICES_SHOWN = 12
 _NAMES = ("id", "cluster", "checks", "label", "choices")
