@@ -27,6 +27,16 @@ def record(fingerprint: str, kind: str = "evaluation", **artifact) -> Record:
     )  # fmt: skip
 
 
+def decided(rounds: int) -> Record:
+    """The gate's record after so many rounds; each one lost a little more."""
+    family = {
+        "family": "capability", "lower": -0.2 * rounds, "difference": -0.1 * rounds, "upper": 0.1, "margin": 0.05,
+        "verdict": "undecided",
+    }  # fmt: skip
+    tested = [{"candidate": str(n), "level": 0.01 / n, "p_value": 0.5, "promoted": False} for n in range(1, rounds + 1)]
+    return record("c", "gate", wealth=0.01, alpha=0.05, verdict="need more data", families=[family], rounds=tested)
+
+
 @pytest.fixture
 def page(tmp_path) -> Path:
     moved = [
@@ -42,7 +52,7 @@ def page(tmp_path) -> Path:
             tuple(moved),
             (Slice("quiz", f"length: long {EVIL}", 12, 0.1, 0.05, 0.4),),
         ),
-        record("c", "gate", wealth=0.01, rounds=[{"level": 0.01, "p_value": 0.5, "promoted": False}]),
+        tuple(decided(place) for place in (1, 2)),
         weigh([Pair("t", f"t-{n}", str(n), "request", "short", "longer") for n in range(4)], {}, {}),
     )
     return write_page(compared, tmp_path / "page.html", name="tiny", alpha=0.05)
@@ -54,6 +64,21 @@ def test_what_a_model_wrote_is_text(page):
     assert text.count("<script>") == 1
     assert "Weakest slices" in text
     assert "0.0100 of α 0.05 is left" in text
+    assert "20 % of the error budget is left" in text
+
+
+def test_every_round_shows_what_became_of_each_family(page):
+    rows = page.read_text(encoding="utf-8").split('aria-label="Rounds"')[1].split("</table>")[0].split("<tr>")[2:]
+    assert len(rows) == 2
+    for place, row in enumerate(rows, start=1):
+        assert "need more data" in row
+        assert f"−{0.1 * place:.3f}" in row
+        assert f"{0.01 / place:.5f}" in row
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("promote", 0), ("reject", 3), ("need more data", 4)])
+def test_a_pipeline_reads_the_verdict_from_the_exit_code(verdict, code):
+    assert Compared(record("a"), record("b"), Decision(verdict, ()), None, ()).exit_code == code
 
 
 @needs_browser

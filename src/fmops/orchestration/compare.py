@@ -47,10 +47,15 @@ class Compared:
     decision: Decision
     comparison: Comparison | None
     """None when the two cannot be paired; the decision says why."""
-    gate: Record | None
-    """The newest decision of this workspace; it holds the rounds and the budget."""
+    gates: tuple[Record, ...]
+    """Every decision of this workspace, the newest last; it holds the rounds and the budget."""
     judged: Preference | None = None
     """Where the spec names a judge."""
+
+    @property
+    def gate(self) -> Record | None:
+        """The newest decision."""
+        return self.gates[-1] if self.gates else None
 
     @property
     def exit_code(self) -> int:
@@ -74,13 +79,13 @@ def compare(project: Project, a: str, b: str) -> Compared:
     margins = {name: margin for name, margin in policy.margins.items() if name in evidence.families}
     primary = tuple(name for name in policy.primary if name in evidence.families or not evidence.families)
     decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=primary)
-    gates = [record for record in store.records() if record.kind == "gate"]
+    gates = tuple(record for record in store.records() if record.kind == "gate")
     side_by_side = lay_side_by_side(champion, challenger, _items(store, after)) if evidence.families else None
     judged = None
     if side_by_side and project.spec.evaluate and project.spec.evaluate.judge:
         pairs = collect(champion, challenger, _items(store, after), seed=project.spec.seed)
         judged = judge_answers(project, project.spec.evaluate.judge, pairs, f"{before.key}--{after.key}")
-    return Compared(before, after, decision, side_by_side, gates[-1] if gates else None, judged)
+    return Compared(before, after, decision, side_by_side, gates, judged)
 
 
 def judge_answers(project: Project, judge: Judge, pairs: list[Pair], name: str) -> Preference:

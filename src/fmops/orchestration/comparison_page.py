@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fmops.orchestration.charts import signed
 from fmops.orchestration.compare import Compared, told_preference
 from fmops.orchestration.report_parts import gate_rows
-from fmops.store import write_atomically
+from fmops.store import Record, write_atomically
 
 MOVED_SHOWN = 1000
 CHARACTERS_SHOWN = 1500
@@ -69,9 +70,14 @@ def _view(compared: Compared) -> dict[str, Any]:
         "tasks": found.tasks if found else (),
         "slices": found.slices if found else (),
         "judged": told_preference(compared.judged) if compared.judged else (),
-        "rounds": gate.get("rounds", []),
+        "rounds": history(compared.gates),
+        "measured": list(dict.fromkeys(
+            row["family"] for each in compared.gates for row in gate_rows(each.artifact)
+        )),
         "wealth": gate.get("wealth") or 0.0,
+        "left": min(1.0, (gate.get("wealth") or 0.0) / gate.get("alpha", 1.0)),
         "moved_total": len(moved),
+        "better": sum(each.difference > 0 for each in moved),
         "moved": [
             {
                 "task": each.task, "sample": each.sample, "difference": each.difference, "prompt": _cut(each.prompt),
@@ -80,6 +86,22 @@ def _view(compared: Compared) -> dict[str, Any]:
             for each in moved[:MOVED_SHOWN]
         ],
     }  # fmt: skip
+
+
+def history(gates: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row a round that the newest decision counts: verdict, level, p-value, and each family's difference."""
+    # A decision about other evidence, or one that was refused, ends with another candidate, or with none.
+    decided = {(len(rounds), rounds[-1]["candidate"]): each for each in gates if (rounds := each.artifact["rounds"])}
+    rows = []
+    for place, judged in enumerate(gates[-1].artifact["rounds"] if gates else (), start=1):
+        record = decided.get((place, judged["candidate"]))
+        verdict = record.artifact["verdict"] if record else "promote" if judged["promoted"] else "not promoted"
+        families = {row["family"]: row for row in gate_rows(record.artifact)} if record else {}
+        rows.append({
+            **judged, "verdict": verdict, "tone": TONES.get(verdict, "open"), "families": families,
+            "challenger": record.inputs["challenger"].ref if record and "challenger" in record.inputs else "",
+        })  # fmt: skip
+    return rows
 
 
 def _cut(text: str) -> str:
