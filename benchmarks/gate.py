@@ -29,9 +29,9 @@ from typing import Any
 from scipy.special import betaincinv
 
 from fmops.artifacts import EvalReport, Judged
-from fmops.evaluation import spending
+from fmops.evaluation import spending, statistics
 from fmops.evaluation.evidence import Evidence, Pairs, gather
-from fmops.evaluation.gate import decide
+from fmops.evaluation.gate import POWER, decide
 from fmops.evaluation.protocol import PinnedTask, Protocol, read_lines, write_lines
 
 ALPHA = 0.05
@@ -111,6 +111,32 @@ def equal_models(evidence: Evidence, n: int, *, margins: dict[str, float], seed:
         Rate("E01 equal model called regressed", rejected, n, f"≤ {ALPHA} a family at the margin, far less inside it"),
         Rate("E01 equal model not passed (primary: none)", blocked, n, "≤ 0.2 where the items suffice for the margins"),
     ]
+
+
+def planned(pairs: Pairs, margin: float, *, families: int) -> int:
+    """Items with which an equal model passes the margin as often as the plan says, by the spread of these ones."""
+    totals: dict[str, float] = {}
+    for value, cluster in zip(pairs.differences, pairs.clusters, strict=True):
+        totals[cluster] = totals.get(cluster, 0.0) + value
+    # Equal models differ by 0 in the mean, so the spread is about 0.
+    error = math.sqrt(math.fsum(total**2 for total in totals.values())) / len(pairs.differences)
+    reach = statistics.normal_quantile(1 - ALPHA) + statistics.normal_quantile(1 - (1 - POWER) / families)
+    return max(len(pairs.differences), math.ceil(len(pairs.differences) * (reach * error / margin) ** 2))
+
+
+def enough_items(evidence: Evidence, n: int, *, margins: dict[str, float], seed: int) -> list[Rate]:
+    """E01 with as many items as the margins need: whole clusters of the real ones, drawn again."""
+    rng = random.Random(seed)
+    wanted = {name: margins.get(name, evidence.margin(name)) for name in evidence.families}
+    counts = {name: planned(pairs, wanted[name], families=len(wanted)) for name, pairs in evidence.families.items()}
+    blocked = 0
+    for _ in range(n):
+        found = replace(
+            evidence, families={name: drawn(pairs, counts[name], rng) for name, pairs in evidence.families.items()}
+        )
+        blocked += decide(found, alpha=ALPHA, margins=margins, primary=()).verdict != "promote"
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [Rate(f"E01 the same with the planned items ({told})", blocked, n, f"≤ {1 - POWER:.1f}")]
 
 
 def one_of_twenty(evidence: Evidence, n: int, *, items: int, margin: float, seed: int) -> list[Rate]:
@@ -230,6 +256,7 @@ def main() -> None:
     margins = wide(evidence.tasks)
     rates = [
         *equal_models(evidence, 2000 // part, margins=margins, seed=1),
+        *enough_items(evidence, 1000 // part, margins=margins, seed=5),
         *one_of_twenty(evidence, 500 // part, items=400, margin=0.1, seed=2),
         *tampered(options.before, options.after, 500 // part, seed=3),
         *noise_in_a_row(evidence, 200 // part, rounds=100, margins=margins, seed=4),
