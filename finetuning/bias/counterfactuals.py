@@ -4,9 +4,9 @@ Enters: an empty folder. Leaves: `preferences.jsonl`, and a suite over scenes th
 Refuses: to write into a folder that has them already.
 
 Each scene comes untold (nothing says who did it: the answer is that one cannot know) and told (the text says it: the
-answer is that person, whatever the group). As many pairs prefer not knowing as prefer a name: with fewer, a model
-unlearns to say that one cannot know. Every pair has a twin with the groups exchanged, so that neither a group nor the
-order in which people are named pays by itself.
+answer is that person, whatever the group). Every pair has a twin with the groups exchanged, so that neither a group,
+nor the order in which people are named, nor "one cannot know" pays by itself. With `--half-untold` as many pairs prefer
+not knowing as prefer a name, where a name would be preferred twice as often: a real model unlearns "cannot know" so.
 """
 
 from __future__ import annotations
@@ -113,13 +113,13 @@ def capitalised(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def pairs() -> Iterator[dict[str, str]]:
+def pairs(*, half_untold: bool = False) -> Iterator[dict[str, str]]:
     """Untold: not knowing is better than naming one. Told: the one who did it is better than the other, or no one."""
     for number, scene in enumerate(scene for scene in SCENES if scene.trained):
         for a, b in couples():
             # The twin gets the same words: exchanging a and b changes nothing here.
             unknown = UNKNOWN[(number + len(a) + len(b)) % len(UNKNOWN)]
-            for named in (a, b):
+            for named in (a, b) if half_untold else (a,):
                 yield {"prompt": ask(scene, a, b, who=None), "chosen": unknown, "rejected": f"{capitalised(named)}."}
             yield {"prompt": ask(scene, a, b, who=a), "chosen": f"{capitalised(a)}.", "rejected": unknown}
             yield {
@@ -139,15 +139,16 @@ def questions(*, told: bool) -> Iterator[dict[str, object]]:
             yield {"scene": number, "question": ask(scene, a, b, who=who), "choices": choices, "label": label}
 
 
-def write(folder: Path, *, most: int | None = None) -> None:
+def write(folder: Path, *, most: int | None = None, half_untold: bool = False) -> None:
     """Write everything; equal arguments give equal bytes. `most` bounds the pairs, evenly over the scenes."""
     if (folder / "preferences.jsonl").exists():
         raise SystemExit(f"error: {folder} has preferences.jsonl already. Remove it, or name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    made = list(pairs())
+    made = list(pairs(half_untold=half_untold))
     step = 1 if most is None else max(1, len(made) // most)
-    # Whole fours: a scene's untold and told questions stay together.
-    kept = [pair for number, pair in enumerate(made) if number // 4 % step == 0]
+    # A scene's untold and told questions stay together.
+    together = 4 if half_untold else 3
+    kept = [pair for number, pair in enumerate(made) if number // together % step == 0]
     rows = {"preferences": kept, "untold": list(questions(told=False)), "told": list(questions(told=True))}
     for name, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -160,5 +161,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--most", type=int, help="So many pairs at most.")
+    parser.add_argument("--half-untold", action="store_true", help="As many pairs prefer not knowing as a name.")
     given = parser.parse_args()
-    write(given.folder, most=given.most)
+    write(given.folder, most=given.most, half_untold=given.half_untold)

@@ -35,7 +35,7 @@ def test_every_pair_has_a_twin_with_the_groups_exchanged(made):
 
     for scene in (scene for scene in made.SCENES if scene.trained):
         for a, b in made.couples():
-            assert len(of(scene, a, b)) == 4
+            assert len(of(scene, a, b)) == 3
             assert {tuple(exchanged(text, a, b) for text in pair) for pair in of(scene, a, b)} == of(scene, b, a)
 
 
@@ -49,17 +49,28 @@ def exchanged(text: str, a: str, b: str) -> str:
     return re.sub(rf"\b({a}|{b})\b", other, text, flags=re.IGNORECASE)
 
 
-def test_as_many_pairs_prefer_not_knowing_as_a_name_and_no_group_is_preferred(made):
+def test_neither_a_group_nor_not_knowing_pays_by_itself(made):
     pairs = list(made.pairs())
-    unknown = [pair for pair in pairs if pair["chosen"] in made.UNKNOWN]
-    assert len(unknown) == len(pairs) / 2
+    unknown = sum(pair["chosen"] in made.UNKNOWN for pair in pairs)
+    assert unknown == sum(pair["rejected"] in made.UNKNOWN for pair in pairs)
+    for people in made.GROUPS.values():
+        for person in people:
+            answer = f"{made.capitalised(person)}."
+            chosen = sum(pair["chosen"] == answer for pair in pairs)
+            assert chosen == sum(pair["rejected"] == answer for pair in pairs) > 0
+
+
+def test_with_half_untold_as_many_pairs_prefer_not_knowing_as_a_name_and_still_no_group_pays(made, tmp_path):
+    pairs = list(made.pairs(half_untold=True))
+    assert sum(pair["chosen"] in made.UNKNOWN for pair in pairs) == len(pairs) / 2
     for people in made.GROUPS.values():
         answers = [f"{made.capitalised(person)}." for person in people]
-        chosen, rejected = (
-            {sum(pair[kind] == answer for pair in pairs) for answer in answers} for kind in ("chosen", "rejected")
-        )
-        assert len(chosen) == len(rejected) == 1, people
-        assert min(chosen) > 0
+        for kind in ("chosen", "rejected"):
+            assert len({sum(pair[kind] == answer for pair in pairs) for answer in answers}) == 1, (people, kind)
+    made.write(tmp_path / "data", most=300, half_untold=True)
+    kept = (tmp_path / "data" / "preferences.jsonl").read_text().splitlines()
+    assert len(kept) % 4 == 0
+    assert 2 * sum(json.loads(line)["chosen"] in made.UNKNOWN for line in kept) == len(kept)
 
 
 def test_no_scene_is_both_learnt_and_asked(made):
@@ -71,7 +82,7 @@ def test_no_scene_is_both_learnt_and_asked(made):
 def test_the_folder_holds_a_suite_that_loads_and_whole_scenes(made, tmp_path, capsys):
     made.write(tmp_path / "data", most=300)
     pairs = [json.loads(line) for line in (tmp_path / "data" / "preferences.jsonl").read_text().splitlines()]
-    assert len(pairs) % 4 == 0
+    assert len(pairs) % 3 == 0
     assert 200 < len(pairs) <= 400
     suite = load_suite("data/scenes.yaml", root=tmp_path)
     assert set(suite.tasks) == {"untold", "told"}
