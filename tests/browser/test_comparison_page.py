@@ -34,7 +34,15 @@ def decided(rounds: int) -> Record:
         "verdict": "undecided",
     }  # fmt: skip
     tested = [{"candidate": str(n), "level": 0.01 / n, "p_value": 0.5, "promoted": False} for n in range(1, rounds + 1)]
-    return record("c", "gate", wealth=0.01, alpha=0.05, verdict="need more data", families=[family], rounds=tested)
+    return record(
+        "c", "gate", wealth=0.01, alpha=0.05, verdict="need more data", p_value=0.5, families=[family], rounds=tested
+    )
+
+
+def refused(rounds: int) -> Record:
+    """A later decision about evidence that could not be paired: no round of its own."""
+    artifact = decided(rounds).artifact | {"verdict": "reject", "p_value": None, "families": []}
+    return record("d", "gate", **artifact)
 
 
 @pytest.fixture
@@ -52,7 +60,7 @@ def page(tmp_path) -> Path:
             tuple(moved),
             (Slice("quiz", f"length: long {EVIL}", 12, 0.1, 0.05, 0.4),),
         ),
-        tuple(decided(place) for place in (1, 2)),
+        (decided(1), decided(2), refused(2)),
         weigh([Pair("t", f"t-{n}", str(n), "request", "short", "longer") for n in range(4)], {}, {}),
     )
     return write_page(compared, tmp_path / "page.html", name="tiny", alpha=0.05)

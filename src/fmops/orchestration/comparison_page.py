@@ -90,8 +90,9 @@ def _view(compared: Compared) -> dict[str, Any]:
 
 def history(gates: Sequence[Record]) -> list[dict[str, Any]]:
     """One row a round that the newest decision counts: verdict, level, p-value, and each family's difference."""
-    # A decision about other evidence, or one that was refused, ends with another candidate, or with none.
-    decided = {(len(rounds), rounds[-1]["candidate"]): each for each in gates if (rounds := each.artifact["rounds"])}
+    # Refused evidence is no round: such a decision ends with the round before it.
+    tested = [each for each in gates if each.artifact.get("p_value") is not None]
+    decided = {(len(rounds), rounds[-1]["candidate"]): each for each in tested if (rounds := each.artifact["rounds"])}
     rows = []
     for place, judged in enumerate(gates[-1].artifact["rounds"] if gates else (), start=1):
         record = decided.get((place, judged["candidate"]))
