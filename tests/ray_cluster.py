@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,17 +17,26 @@ from unittest import mock
 # Ray reads its token once, when it is first asked for: before anything imports it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+
 
 @contextmanager
-def two_nodes() -> Iterator[Any]:
-    """A head and a worker node of one CPU each."""
+def two_nodes(*, takes_jobs: bool = False) -> Iterator[Any]:
+    """A head and a worker node of one CPU each; `takes_jobs`: with the dashboard, which is where jobs are sent to."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": takes_jobs})
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+        cluster.add_node(**NODE)
         with mock.patch.dict(os.environ, {"RAY_ADDRESS": cluster.address}):
             yield cluster
     finally:
         cluster.shutdown()
+
+
+def lose_a_node(cluster: Any) -> None:
+    """Kill the worker node's raylet, as the end of its machine would, and bring another node."""
+    (node,) = cluster.worker_nodes
+    (raylet,) = node.all_processes["raylet"]
+    os.kill(raylet.process.pid, signal.SIGKILL)
+    cluster.add_node(**NODE)
