@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +34,12 @@ def two_nodes(*, takes_jobs: bool = False) -> Iterator[Any]:
 
 
 def lose_a_node(cluster: Any) -> None:
-    """Kill the worker node's raylet, as the end of its machine would, and bring another node."""
+    """Kill the worker node's raylet with all that it started, as the end of its machine would; bring another node."""
+    import psutil
+
     (node,) = cluster.worker_nodes
     (raylet,) = node.all_processes["raylet"]
-    os.kill(raylet.process.pid, signal.SIGKILL)
+    known = psutil.Process(raylet.process.pid)
+    for process in [known, *known.children(recursive=True)]:
+        process.kill()
     cluster.add_node(**NODE)

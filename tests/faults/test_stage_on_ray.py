@@ -56,7 +56,7 @@ class KubeRay:
             state = self.client.get_job_status(name)
             lines = self.client.get_job_logs(name).splitlines()
             self.api.logs[name, "ray-job-submitter"] = [(STAMP.format(n), line) for n, line in enumerate(lines, 1)]
-            if not self.killed and any('"event": "metrics", "step": 6,' in line for line in lines):
+            if not self.killed and any('"event": "metrics", "step": 14,' in line for line in lines):
                 self.killed = True
                 lose_a_node(self.cluster)
             if state in ENDED:
@@ -75,13 +75,13 @@ def spec(tmp_path, tiny_model, monkeypatch):
     from pydoc_data.topics import topics
 
     (tmp_path / "docs").mkdir()
-    for name in sorted(topics)[:40]:
+    for name in sorted(topics)[:60]:
         (tmp_path / "docs" / f"{name}.txt").write_text(topics[name])
     path = tmp_path / "lifecycle.yaml"
     said = {
         "name": "mine", "base": os.path.relpath(tiny_model, tmp_path),
         "data": {"corpora": {"docs": {"source": "docs/*.txt"}}}, "curate": {"block_tokens": 128, "quality": False},
-        "pretrain": {"tokens": 12_288, "batch_tokens": 384, "checkpoints": 16, "evaluations": 1},
+        "pretrain": {"tokens": 18_432, "batch_tokens": 384, "checkpoints": 8, "evaluations": 1},
         "runtime": {"launcher": "ray", "processes": 2, "sharding": "ddp", "threads": 1, "precision": "float32"},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(said))
