@@ -15,7 +15,7 @@ from fmops.artifacts import Conversations, EvalReport
 from fmops.errors import FmopsError
 from fmops.evaluation.evidence import Evidence, Pairs
 from fmops.evaluation.gate import decide, gate
-from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import PinnedTask, Protocol, digest, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.suites import TaskConfig
 from fmops.jobs import GateJob
 
@@ -196,6 +196,16 @@ def test_a_report_that_lost_its_protocol_rejects(tmp_path, judge):
     champion, challenger = (report(tmp_path / name, {"skill": half(500)}) for name in ("a", "b"))
     forged = challenger.model_copy(update={"fingerprint": "0" * 64})
     assert "protocol.json is not the one" in judge(champion, forged).reasons[0]
+
+
+def test_reports_of_an_fmops_that_knew_fewer_fields_are_compared(tmp_path, judge):
+    new, old = (report(tmp_path / name, {"skill": half(500)}) for name in ("a", "b"))
+    written = json.loads((tmp_path / "b" / "protocol.json").read_text())
+    for task in written["tasks"]:
+        del task["examples"]
+    write_json(tmp_path / "b" / "protocol.json", written)
+    assert judge(new, old.model_copy(update={"fingerprint": digest(written)})).verdict == "promote"
+    assert "protocol.json is not the one" in judge(new, old).reasons[0]
 
 
 def test_one_document_is_no_evidence(tmp_path, judge):
