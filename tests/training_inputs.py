@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -74,6 +75,24 @@ def some_conversations(folder: Path, *, train: int = 24) -> Conversations:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "train.jsonl", [row(name) for name in NAMES[:train]])
     _write(folder / "held_out.jsonl", [row(name) for name in NAMES[train : train + 4]])
+    return Conversations(path=folder, conversations=train, held_out=4)
+
+
+def some_pictures(folder: Path, *, train: int = 24) -> Conversations:
+    """Questions about drawn pictures, for a model that reads them; some show two."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+    from shapes import pictures
+
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    for number, picture in enumerate(pictures(train + 4, seed=5)):
+        name = f"pictures/{number}.png"
+        picture.image.save(folder / name)
+        asked = {"role": "user", "content": "What colour is it?", "pictures": [name] * (1 + number % 2)}
+        told = {"role": "assistant", "content": picture.colour}
+        rows.append({"id": name, "source": "drawn", "messages": [asked, told]})
+    _write(folder / "train.jsonl", rows[:train])
+    _write(folder / "held_out.jsonl", rows[train:])
     return Conversations(path=folder, conversations=train, held_out=4)
 
 

@@ -18,6 +18,7 @@ from training_inputs import (
     a_checkpoint,
     a_corpus,
     some_conversations,
+    some_pictures,
     some_preferences,
     some_prompts,
     some_rewards,
@@ -59,6 +60,9 @@ def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1
     if stage == "instruct":
         tuning = Instruct(batch_tokens=150, block_tokens=150, learning_rate=1e-3, checkpoints=3)
         return instruct(tuning, conversations=some_conversations(inputs / "talk"), **common)
+    if stage == "instruct-seeing":
+        seeing = Instruct(adapter="full", batch_tokens=150, block_tokens=150, learning_rate=1e-3, checkpoints=3)
+        return instruct(seeing, conversations=some_pictures(inputs / "seen"), **common)
     if stage == "align-kto":
         votes = some_votes(inputs / "votes")
         return align(Align(method="kto", batch_pairs=4, learning_rate=1e-3), preferences=votes, **common)

@@ -63,10 +63,10 @@ def main(*places: str) -> int:
     """Ask about unseen pictures, and once about what is none."""
     at = dict(place.split("=", 1) for place in places)
     drawn = list(pictures(ASKED, seed=3))
-    status, answer = walk({"instances": [file_of(picture) for picture, _, _ in drawn]}, at)
+    status, answer = walk({"instances": [file_of(picture.image) for picture in drawn]}, at)
     assert status == 200, answer
     found = [each["shape"] for each in answer["predictions"]]
-    accuracy = sum(shape == right for shape, (_, right, _) in zip(found, drawn, strict=True)) / ASKED
+    accuracy = sum(shape == picture.shape for shape, picture in zip(found, drawn, strict=True)) / ASKED
     print(f"accuracy {accuracy:.3f} (n = {ASKED}, at least {AT_LEAST})")
     status, answer = walk({"instances": [{"b64": base64.b64encode(b"no picture").decode()}]}, at)
     print(f"what is no picture: {status} {answer['error']}")

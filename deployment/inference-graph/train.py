@@ -20,9 +20,9 @@ from shapes import pictures
 def batch(number: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (number, 3, 32, 32) in 0…1 and the shapes' indices."""
     drawn = list(pictures(number, seed=seed))
-    raw = b"".join(picture.tobytes() for picture, _, _ in drawn)
+    raw = b"".join(picture.image.tobytes() for picture in drawn)
     pixels = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(number, SIDE, SIDE, 3).permute(0, 3, 1, 2)
-    return pixels / 255, torch.tensor([SHAPES.index(shape) for _, shape, _ in drawn])
+    return pixels / 255, torch.tensor([SHAPES.index(picture.shape) for picture in drawn])
 
 
 def main(out: Path) -> None:

@@ -112,6 +112,17 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(stage, fault, in
     assert digests(out) == uninterrupted(stage)
 
 
+def test_a_model_that_sees_is_trained_on_from_where_it_was_killed(tmp_path):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "end-to-end/vision-language"))
+    from tiny_vlm import write_tiny_vlm
+
+    write_tiny_vlm(tmp_path / "model")
+    train("instruct-seeing", tmp_path, tmp_path / "whole", io.StringIO())
+    killed("instruct-seeing", tmp_path, tmp_path / "out", "checkpoint-sealed:2")
+    train("instruct-seeing", tmp_path, tmp_path / "out", io.StringIO())
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_equal_inputs_give_equal_bytes(stage, inputs, uninterrupted, tmp_path):
     train(stage, inputs, tmp_path / "again", io.StringIO())

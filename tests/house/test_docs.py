@@ -33,7 +33,7 @@ def test_blocks_say_what_they_are(page):
 )
 def test_blocks_run(page, tmp_path):
     # In a folder of its own: a page must not depend on what another left, nor write into the repository.
-    for name in ("quickstart", "pretraining", "finetuning", "evaluation", "deployment", "docs"):
+    for name in ("quickstart", "pretraining", "finetuning", "evaluation", "deployment", "end-to-end", "docs"):
         if (ROOT / name).is_dir():
             skipped = shutil.ignore_patterns(".fmops", "data", "__pycache__")
             shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)

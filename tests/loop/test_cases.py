@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -15,12 +16,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("pretraining", "finetuning", "evaluation", "deployment")
-CASES = sorted(path.parent.relative_to(ROOT) for stage in STAGES for path in (ROOT / stage).glob("*/README.md"))
+FOLDERS = (*STAGES, "end-to-end")
+CASES = sorted(path.parent.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).glob("*/README.md"))
 SECTIONS = ("## What you will see", "## Run", "## Validate", "## Clean up")
 
 
 def test_every_stage_has_a_case():
-    assert {case.parts[0] for case in CASES} == set(STAGES)
+    assert {case.parts[0] for case in CASES} == set(FOLDERS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -51,7 +53,8 @@ def test_a_case_runs_as_its_readme_says(case, tmp_path, request):
             environment |= request.getfixturevalue("bucket")
             environment["FMOPS_STORE"] += f"/{case.name}"
         elif variable.islower():
-            pytest.importorskip(variable, reason=f"{variable} is not installed")
+            if not shutil.which(variable) and not importlib.util.find_spec(variable):
+                pytest.skip(f"{variable} is not installed: the README says how to get it")
         elif variable not in os.environ:
             pytest.skip(f"{variable} names no command: the README says how to get it")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -201,7 +201,37 @@ BAD = {
     "no messages": ({"messages": []}, 400, "messages", "at least 1 item"),
     "a message without content": ({"messages": [{"role": "user"}]}, 400, "messages.0.content", "is required"),
     "an unknown role": ({"messages": [{"role": "boss", "content": "x"}]}, 400, "messages.0.role", "'user'"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "text"),
+    "no picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages.0.content.0.image_url",
+        "is required",
+    ),
+    "an address": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]},
+        400,
+        "messages.0.content.0.image_url.url",
+        "addresses are not fetched",
+    ),
+    "another part": (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        400,
+        "messages.0.content.0",
+        "'text'",
+    ),
+    "a picture": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}],
+                }
+            ]
+        },
+        400,
+        "messages",
+        "this model reads no pictures",
+    ),
     "half a surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None, "half a surrogate"),
     "another model": ({"model": "gpt-4"}, 404, "model", "Known: tiny"),
     "alternatives alone": ({"top_logprobs": 2}, 400, "top_logprobs", "needs 'logprobs'"),

@@ -56,6 +56,12 @@ def test_a_chip_of_inferentia_takes_two_parts():
     assert found.resources["requests"]["aws.amazon.com/neuron"] == "1"
 
 
+def test_a_model_that_also_sees_is_sized_by_its_language_tower():
+    seeing = {"dtype": "bfloat16", "vision_config": {"num_attention_heads": 12}, "text_config": LLAMA_8B}
+    found = replica_for(seeing, weight_bytes=16_900_000_000, device="gpu", max_tokens=8192)
+    assert (found.accelerators, found.parallel) == (2, 2)
+
+
 def test_weights_are_counted_as_they_are_served():
     wide = {**LLAMA_8B, "dtype": "float32"}
     assert replica_for(wide, weight_bytes=32_120_000_000, device="gpu", max_tokens=2048).accelerators == 1

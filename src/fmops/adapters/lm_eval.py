@@ -38,6 +38,8 @@ from fmops.refusals import is_answered, is_refusal
 from fmops.toxicity import is_civil
 
 VERSION = version("lm-eval")
+PICTURE = "picture"
+"""The field of an item that holds what is shown, as a data URL."""
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 _SCORED = {
     "multiple_choice": ("acc", "acc_norm", "acc_bytes", "exact_match"),
@@ -179,9 +181,13 @@ def check_fit(lm: SharedPrefixLM | EndpointLM, entry: PinnedTask, documents: lis
     """Look whether the model has room for every answer, before hours go into scoring other ones.
 
     Raises:
-        FmopsError: names the item whose answer is too long, or the option that generation cannot follow.
+        FmopsError: names the item whose answer is too long, or the option that generation cannot follow; or the task
+            shows pictures to what reads none.
     """
     kind = entry.config.output_type
+    if any(document.get(PICTURE) for document in documents) and not getattr(lm, "sees", False):
+        who = "an endpoint is asked about none" if isinstance(lm, EndpointLM) else "this model reads none"
+        raise FmopsError(f"task {entry.task} shows pictures, and {who}. Leave its suite out.")
     if kind == "generate_until":
         lm.greedy(dict(entry.config.generation_kwargs or {}))
     if kind not in ("multiple_choice", "loglikelihood") or isinstance(lm, EndpointLM):
@@ -213,6 +219,8 @@ def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat
     rows = []
     for sample in sorted(results["samples"][entry.task], key=lambda sample: sample["doc_id"]):
         arguments = json.dumps(sample["arguments"], sort_keys=True, ensure_ascii=False)
+        # What was seen is part of what was asked.
+        arguments += sample["doc"].get(PICTURE) or ""
         for metric in entry.metrics:
             row = {
                 "family": entry.family,

@@ -60,14 +60,7 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
+        self.model = self._load(folder).eval()
         _refuse_misfit(self.tokenizer, self.model, folder)
         self.journal = journal or Journal()
         self.on_progress = on_progress or (lambda _: None)
@@ -76,6 +69,16 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         self.truncated = 0
         """Contexts so far that lost their beginning, because the model has no room for them."""
         self._encoded: dict[str, list[int]] = {}
+
+    def _load(self, folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
 
     @property
     def batch_mode(self) -> str:
@@ -112,7 +115,7 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", None) or LONGEST)
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST)
 
     @property
     def tokenizer_name(self) -> str:
@@ -284,10 +287,15 @@ def _texts(context: str, continuation: str) -> Iterator[str]:
 def _scored(reader: TreeReader, answers: list[list[int]], index: int) -> list[tuple[float, bool]]:
     values = reader.score(index, answers)
     for value, _ in values:
-        if not math.isfinite(value):
-            # The largest of NaNs is the first one: accuracy would look like a number.
-            raise FmopsError(f"the checkpoint gives a log-likelihood of {value}: its weights are no usable numbers.")
+        refuse_unusable(value)
     return values
+
+
+def refuse_unusable(value: float) -> None:
+    """Raise for a log-likelihood that is no number."""
+    if not math.isfinite(value):
+        # The largest of NaNs is the first one: accuracy would look like a number.
+        raise FmopsError(f"the checkpoint gives a log-likelihood of {value}: its weights are no usable numbers.")
 
 
 def _keys(steps: Sequence[Step], answers: list[list[int]]) -> list[str]:

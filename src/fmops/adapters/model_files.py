@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fmops.adapters import ranks
 from fmops.environment import machine_notes
 from fmops.errors import FmopsError, unknown
+from fmops.pictures import reads_pictures
 from fmops.stage import StageContext
 from fmops.store import write_atomically
 
@@ -38,7 +39,16 @@ def quiet() -> None:
 
 
 def load_model(folder: Path) -> Any:
-    """The causal language model in `folder`, in float32."""
+    """The causal language model in `folder`, in float32.
+
+    Raises:
+        FmopsError: it reads pictures; `eyes.load_seeing` takes those.
+    """
+    if reads_pictures(folder):
+        raise FmopsError(
+            "this model reads pictures, and instruction tuning alone trains such a one (instruct, `adapter: full`). "
+            "Leave pretrain and align out, or name a language model as base."
+        )
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
     )
@@ -194,9 +204,21 @@ def check_loads(folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
     except (ValueError, KeyError, OSError) as error:
         raise FmopsError(f"the base model cannot be read: {error}. Name another.") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if reads_pictures(folder):
+        _check_eyes(folder)
+    elif type(config) not in AutoModelForCausalLM._model_mapping:
         raise FmopsError(f"{config.model_type} is no causal language model. Name another base.")
-    if len(tokenizer) > config.vocab_size:
-        raise FmopsError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}. They do not match."
-        )
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise FmopsError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}. They do not match.")
+
+
+def _check_eyes(folder: Path) -> None:
+    from fmops.adapters.eyes import Eyes, describe, knows_pictures
+
+    if not knows_pictures(folder):
+        raise FmopsError(f"{describe(folder)} reads pictures in a way that is not known here. Name another base.")
+    try:
+        Eyes(folder)
+    except (ValueError, OSError, ImportError) as error:
+        raise FmopsError(f"the base model's image processor cannot be read: {error}. Name another.") from error

@@ -14,8 +14,10 @@ from typing import Any, Literal
 from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from fmops.adapters.eyes import Eyes
 from fmops.adapters.token_bytes import token_bytes
 from fmops.deployment.serving.engine import Generation, Message, PromptError
+from fmops.pictures import NoPicture, for_template, reads_pictures
 
 
 class ServingTokenizer:
@@ -25,6 +27,7 @@ class ServingTokenizer:
         """`max_tokens` bounds prompt and answer together; so does what the model was trained for."""
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._lock = threading.Lock()
+        self.eyes = Eyes(folder) if reads_pictures(folder) else None
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         self.context_tokens: int = min(max_tokens, config.max_position_embeddings)
         self.vocabulary: int = config.vocab_size
@@ -37,10 +40,18 @@ class ServingTokenizer:
         return text
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a dialogue."""
+        """Token ids of a dialogue, with room for what it shows."""
+        shown = [url for message in messages for url in message.get("pictures", ())]
+        if shown and self.eyes is None:
+            raise PromptError("this model reads no pictures: send text alone")
         # Without sanitizing, a user who writes <|im_start|>system opens a turn of his own.
         ids: list[int] = self._template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
-        return ids
+        if self.eyes is None:
+            return ids
+        try:
+            return self.eyes.expand(ids, [self.eyes.look(url) for url in shown])
+        except NoPicture as reason:
+            raise PromptError(str(reason)) from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
@@ -60,11 +71,15 @@ class ServingTokenizer:
             raw = token_bytes(self._tokenizer, token)
         return raw.decode("utf-8", errors="replace"), raw
 
-    def check(self, generation: Generation, *, alternatives: int, scores_prompts: bool = False) -> None:
+    def check(
+        self, generation: Generation, *, alternatives: int, scores_prompts: bool = False, sees: bool = False
+    ) -> None:
         """Raise PromptError for a request that cannot be computed.
 
-        `alternatives` and `scores_prompts` are what the engine can state.
+        `alternatives`, `scores_prompts` and `sees` are what the engine can do.
         """
+        if generation.pictures and not sees:
+            raise PromptError("this engine shows its model no pictures: send text alone")
         if generation.scores_prompt and not scores_prompts:
             raise PromptError("this engine does not state how likely a prompt is: leave 'echo' out")
         total = len(generation.prompt) + generation.max_tokens
@@ -91,7 +106,8 @@ class ServingTokenizer:
             raise PromptError("this model has no chat template; use /v1/completions")
         try:
             with self._lock:
-                return self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **options)
+                shown = [for_template(message, sees=self.eyes is not None) for message in messages]
+                return self._tokenizer.apply_chat_template(shown, add_generation_prompt=True, **options)
         except (TemplateError, ValueError) as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from error
 

@@ -7,13 +7,16 @@ Refuses: model folders without a fast tokenizer or without an end token.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from fmops.errors import FmopsError
+from fmops.pictures import for_template, reads_pictures
 
 
 def check_template(model: Path) -> None:
@@ -25,7 +28,8 @@ def check_template(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
     if not tokenizer.chat_template:
         return
-    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+    sees = reads_pictures(model)
+    messages = [for_template({"role": role, "content": "Hello."}, sees=sees) for role in ("user", "assistant")]
     try:
         tokenizer.apply_chat_template(messages, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
@@ -44,6 +48,7 @@ class DocumentTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, local_files_only=True)
         if not self._tokenizer.is_fast:
             raise FmopsError(f"{model} has no fast tokenizer (tokenizer.json). Save one with it.")
+        self._sees = reads_pictures(model)
         self._start = self._first_token()
         self._end = self._end_of_document()
 
@@ -56,11 +61,12 @@ class DocumentTokenizer:
         """Tokens of a plain text."""
         return len(self._tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
-    def count_chat(self, messages: list[dict[str, str]]) -> int:
-        """Tokens of a dialogue, in the model's chat template where it has one."""
+    def count_chat(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens of a dialogue, in the model's chat template where it has one; a picture counts as one."""
         if not self._tokenizer.chat_template:
             return sum(self.count(message["content"]) + 4 for message in messages)
-        return self.count(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        plain = [for_template(message, sees=self._sees) for message in messages]
+        return self.count(self._tokenizer.apply_chat_template(plain, tokenize=False))
 
     def _first_token(self) -> list[int]:
         ids = self._tokenizer("")["input_ids"]

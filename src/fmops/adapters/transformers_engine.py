@@ -23,12 +23,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from fmops.adapters.eyes import embed, load_seeing
 from fmops.adapters.sampling import choose
 from fmops.adapters.serving_tokenizer import ServingTokenizer, finish_of
 from fmops.adapters.slot_attention import SlotCache, register
 from fmops.deployment.serving.engine import ALTERNATIVES, Emit, EngineError, Generation, Token
 from fmops.deployment.serving.text import TextStream
 from fmops.errors import FmopsError
+from fmops.pictures import reads_pictures
 
 SLOTS = 8
 """Rows of every decoding step. On two cores eight rows cost a fifth more than one."""
@@ -50,6 +52,8 @@ class _Stream:
     cancelled: bool = False
     prompt: list[Token] = field(default_factory=list)
     """The prompt's tokens as far as they are scored, where that is asked for."""
+    seen: torch.Tensor | None = None
+    """[tokens, width] the prompt with its pictures, where it shows any."""
 
     @property
     def prefilling(self) -> bool:
@@ -85,7 +89,8 @@ class TransformersEngine:
         return self._failure
 
     def submit(self, generation: Generation, emit: Emit) -> Callable[[], None]:
-        self.tokenizer.check(generation, alternatives=ALTERNATIVES, scores_prompts=True)
+        sees = self.tokenizer.eyes is not None
+        self.tokenizer.check(generation, alternatives=ALTERNATIVES, scores_prompts=True, sees=sees)
         random = torch.Generator()
         if generation.seed is None:
             random.seed()
@@ -156,12 +161,22 @@ class TransformersEngine:
         piece = prompt[stream.cache.length : stream.cache.length + PREFILL_TOKENS]
         positions = torch.arange(stream.cache.length, stream.cache.length + len(piece))[None]
         kept = len(piece) if stream.generation.scores_prompt else 1
-        logits = self._forward(torch.tensor([piece]), positions, [stream.cache], kept=kept)
+        read = self._see(stream)[positions] if stream.generation.pictures else torch.tensor([piece])
+        logits = self._forward(read, positions, [stream.cache], kept=kept)
         if stream.generation.scores_prompt:
             self._score_prompt(stream, logits[0])
         stream.cache.length += len(piece)
         if not stream.prefilling:
             self._produce(slot, stream, logits[0, -1])
+
+    def _see(self, stream: _Stream) -> torch.Tensor:
+        """The prompt as the language tower reads it, made once."""
+        if stream.seen is None:
+            eyes = self.tokenizer.eyes
+            assert eyes is not None
+            looks = [eyes.look(url) for url in stream.generation.pictures]
+            stream.seen = embed(self._model, stream.generation.prompt, looks)
+        return stream.seen
 
     def _score_prompt(self, stream: _Stream, logits: torch.Tensor) -> None:
         """Keep how likely the prompt's next tokens are after this piece's `logits` (length, vocabulary)."""
@@ -193,10 +208,9 @@ class TransformersEngine:
     def _forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, slots: Sequence[SlotCache | None], *, kept: int = 1
     ) -> torch.Tensor:
-        """Logits (rows, kept, vocabulary) after the last of `tokens` (rows, length)."""
-        output = self._model(
-            input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=kept, slots=slots
-        )  # fmt: skip
+        """Logits (rows, kept, vocabulary) after the last of `tokens`: ids (rows, length), or their embeddings."""
+        read = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
+        output = self._model(**read, position_ids=positions, use_cache=False, logits_to_keep=kept, slots=slots)
         logits: torch.Tensor = output.logits[:, -kept:].float()
         return logits
 
@@ -223,6 +237,9 @@ class TransformersEngine:
 
 
 def _load_model(folder: Path) -> Any:
+    if reads_pictures(folder):
+        # Slots are for the language tower; the other one sees a picture at once, and keeps nothing.
+        return load_seeing(folder, attention={"text_config": register(), "vision_config": "sdpa"}).eval()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=register(), use_safetensors=True, local_files_only=True,

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmops.artifacts import Benchmarks, Dropped, Source
@@ -21,10 +21,12 @@ from fmops.data.spool import Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
 from fmops.errors import FmopsError
 from fmops.jobs import ExampleJob
+from fmops.pictures import SUFFIXES
 from fmops.redaction import redact
 from fmops.stage import StageContext
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role`, `content`, and `pictures` where there are some: files of the artifact."""
 ROLES = {
     "system": "system",
     "user": "user",
@@ -169,6 +171,8 @@ def _fit(
 
 def _rows(source: Source, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in source.files:
+        if PurePosixPath(file.name).suffix.lower() in SUFFIXES:
+            continue
         for row in read_rows(file):
             if isinstance(row, Unreadable):
                 ledger.add("unreadable", f"{row.place}: {row.reason}")
@@ -184,8 +188,10 @@ def _lot(text: str, seed: int) -> float:
     return int.from_bytes(lot[:8], "big") / 2**64
 
 
-def read_messages(value: Any, clean: Clean) -> list[Message]:
+def read_messages(value: Any, clean: Clean, *, picture: Callable[[Any], str] | None = None) -> list[Message]:
     """Messages in `role`/`content` or ShareGPT's `from`/`value` keys, cleaned.
+
+    With `picture`, which finds a picture of a part, a content may be a list of parts: pictures, then one text.
 
     Raises:
         UnknownForm: `value` is no list of messages.
@@ -200,10 +206,24 @@ def read_messages(value: Any, clean: Clean) -> list[Message]:
             raise UnknownForm
         if str(role).lower() not in ROLES:
             raise Unfit("unknown-role")
+        pictures: list[str] = []
+        if picture and isinstance(content, list):
+            content, pictures = _parts(content, picture)
         if not isinstance(content, str):
             raise Unfit("no-text")
-        messages.append({"role": ROLES[str(role).lower()], "content": clean(content)})
+        seen = {"pictures": pictures} if pictures else {}
+        messages.append({"role": ROLES[str(role).lower()], "content": clean(content), **seen})
     return messages
+
+
+def _parts(content: list[Any], picture: Callable[[Any], str]) -> tuple[Any, list[str]]:
+    """The text of a list of parts, and the pictures before it."""
+    if not all(isinstance(part, dict) for part in content):
+        raise Unfit("no-text")
+    *before, last = content or [{}]
+    if last.get("type") != "text" or any(part.get("type") != "image" for part in before):
+        raise Unfit("pictures-not-before-the-text")
+    return last.get("text"), [picture(part.get("image")) for part in before]
 
 
 def require_order(messages: Iterable[Message], *, last: str) -> None:

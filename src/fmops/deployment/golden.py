@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import Field
 
 from fmops.artifacts import Frozen, Release
-from fmops.deployment.parity import CHAT_PROBES, GREEDY_TOKENS, PLAIN_PROBES
+from fmops.deployment.parity import CHAT_PROBES, GREEDY_TOKENS, PICTURE_PROBES, PLAIN_PROBES
 from fmops.deployment.verify import PARITY
 from fmops.errors import IntegrityError
+from fmops.pictures import in_parts
 
 AGREEING = 0.9
 """Share of the golden answers to repeat to the letter. One in eleven may differ: two likeliest tokens can tie."""
@@ -69,8 +70,9 @@ def ask_golden(release: Release, ask: Ask) -> Golden:
 def _ask(name: str, model: str, ask: Ask) -> str:
     kind, _, probe = name.partition("/")
     body: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": GREEDY_TOKENS}
-    if kind == "chat":
-        reply = ask("/v1/chat/completions", {**body, "messages": CHAT_PROBES[probe]})
+    if kind != "plain":
+        messages = CHAT_PROBES[probe] if kind == "chat" else [in_parts(each) for each in PICTURE_PROBES[probe]]
+        reply = ask("/v1/chat/completions", {**body, "messages": messages})
         return str(reply["choices"][0]["message"]["content"])
     reply = ask("/v1/completions", {**body, "prompt": PLAIN_PROBES[probe]})
     return str(reply["choices"][0]["text"])

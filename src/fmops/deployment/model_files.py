@@ -21,6 +21,7 @@ KEPT = frozenset(
         "config.json", "generation_config.json", "model.safetensors.index.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
         "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+        "processor_config.json", "preprocessor_config.json",
     }
 )  # fmt: skip
 CODE_SUFFIXES = frozenset({".py", ".so", ".dll", ".dylib", ".pyc", ".sh"})

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from fmops.artifacts import Frozen, Parity
 from fmops.deployment.serving.engine import Engine, Generation, Message, Token, generate_all, load_engine
+from fmops.pictures import reads_pictures
 
 if TYPE_CHECKING:
     from fmops.adapters.transformers_reference import Reference, Step
@@ -52,6 +53,22 @@ PLAIN_PROBES: dict[str, str] = {
 }
 
 
+_GRADIENT = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAABAAAAAMCAIAAADkharWAAAAHElEQVR42mNkYPgvwPCBeMTCIMJAEhjVMFI0AABb"
+    "wxEJOjTVawAAAABJRU5ErkJggg=="
+)
+"""Colours that run across 16 × 12 pixels."""
+PICTURE_PROBES: dict[str, list[Message]] = {
+    "one": [{"role": "user", "content": "What is in the picture?", "pictures": [_GRADIENT]}],
+    "two": [
+        {"role": "user", "content": "Look at this.", "pictures": [_GRADIENT]},
+        {"role": "assistant", "content": "I see colours."},
+        {"role": "user", "content": "And these two?", "pictures": [_GRADIENT, _GRADIENT]},
+    ],
+}
+"""For models that read pictures alone."""
+
+
 class Probe(Frozen):
     """How one prompt went."""
 
@@ -72,6 +89,7 @@ class _Served:
     name: str
     rendered: str | None
     ids: list[int]
+    pictures: tuple[str, ...]
     prompt: list[int]
     answer: list[Token]
 
@@ -89,7 +107,7 @@ def check_parity(
 
     server = load_engine(engine, release_model, max_tokens=CONTEXT_TOKENS, threads=threads)
     try:
-        served = _serve_probes(server)
+        served = _serve_probes(server, sees=reads_pictures(release_model))
         name, tolerance = server.name, server.tolerance
         ends, server_chats = server.tokenizer.end_tokens, server.tokenizer.has_template
     finally:
@@ -113,36 +131,50 @@ def check_parity(
     return parity, probes
 
 
-def _serve_probes(server: Engine) -> list[_Served]:
+def _serve_probes(server: Engine, *, sees: bool) -> list[_Served]:
     """Answer every probe, side by side, as real requests would be."""
     room = server.tokenizer.context_tokens - GREEDY_TOKENS
-    prepared: list[tuple[str, str | None, list[int]]] = []
+    prepared: list[tuple[str, str | None, list[int], tuple[str, ...]]] = []
     if server.tokenizer.has_template:
-        for name, messages in CHAT_PROBES.items():
-            prepared.append((f"chat/{name}", server.tokenizer.render(messages), server.tokenizer.encode_chat(messages)))
+        for kind, probes in {"chat": CHAT_PROBES, "picture": PICTURE_PROBES if sees else {}}.items():
+            for name, messages in probes.items():
+                ids = server.tokenizer.encode_chat(messages)
+                # What is shown cannot be cut; where it does not fit there is nothing to compare.
+                if kind == "chat" or len(ids) <= room:
+                    prepared.append((f"{kind}/{name}", server.tokenizer.render(messages), ids, shown_in(messages)))
     for name, text in PLAIN_PROBES.items():
-        prepared.append((f"plain/{name}", None, server.tokenizer.encode(text)))
-    prompts = [ids[-room:] for _, _, ids in prepared]
+        prepared.append((f"plain/{name}", None, server.tokenizer.encode(text), ()))
+    prompts = [ids[-room:] for _, _, ids, _ in prepared]
     stated = min(ALTERNATIVES, server.alternatives)
     answers = generate_all(
-        server, [Generation(prompt=tuple(ids), max_tokens=GREEDY_TOKENS, top_logprobs=stated) for ids in prompts]
+        server,
+        [
+            Generation(prompt=tuple(ids), max_tokens=GREEDY_TOKENS, top_logprobs=stated, pictures=shown)
+            for ids, (_, _, _, shown) in zip(prompts, prepared, strict=True)
+        ],
     )
     return [
-        _Served(name=name, rendered=rendered, ids=ids, prompt=prompt, answer=answer)
-        for (name, rendered, ids), prompt, answer in zip(prepared, prompts, answers, strict=True)
+        _Served(name=name, rendered=rendered, ids=ids, pictures=shown, prompt=prompt, answer=answer)
+        for (name, rendered, ids, shown), prompt, answer in zip(prepared, prompts, answers, strict=True)
     ]
+
+
+def shown_in(messages: Sequence[Message]) -> tuple[str, ...]:
+    """What a dialogue shows, in order."""
+    return tuple(url for message in messages for url in message.get("pictures", ()))
 
 
 def _judge(trainer: Reference, served: _Served, ends: frozenset[int], *, tolerance: float) -> Probe:
     kind, _, name = served.name.partition("/")
-    if kind == "chat":
-        messages = CHAT_PROBES[name]
+    if kind != "plain":
+        messages = (PICTURE_PROBES if kind == "picture" else CHAT_PROBES)[name]
         ids = trainer.encode_chat(messages) if trainer.has_template else []
         template_equal = trainer.has_template and trainer.render(messages) == served.rendered
     else:
         ids, template_equal = trainer.encode(PLAIN_PROBES[name]), True
     answer = [token.id for token in served.answer]
-    steps = trainer.score(served.prompt, answer, [[i for i, _ in token.top] for token in served.answer])
+    tops = [[i for i, _ in token.top] for token in served.answer]
+    steps = trainer.score(served.prompt, answer, tops, pictures=served.pictures)
     complete = len(answer) == GREEDY_TOKENS or answer[-1] in ends
     return Probe(
         name=served.name,

@@ -77,6 +77,8 @@ def replica_for(config: Mapping[str, Any], *, weight_bytes: int, device: Device,
     Raises:
         FmopsError: no node of the pool holds it; names the bytes.
     """
+    # Of a model that also sees: keys and values are the language tower's.
+    config = {**config, **config.get("text_config", {})}
     heads = int(config["num_attention_heads"])
     width = int(config.get("head_dim") or config["hidden_size"] // heads)
     token_bytes = (

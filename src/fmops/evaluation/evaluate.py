@@ -102,9 +102,9 @@ def evaluate(
 def _model(config: EvaluateJob, checkpoint: Checkpoint, context: StageContext) -> SharedPrefixLM | EndpointLM:
     """The weights, or the endpoint that serves them."""
     if config.endpoint is None:
-        from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+        from fmops.adapters.lm_eval_pictures import open_model
 
-        return SharedPrefixLM(checkpoint.model, threads=context.threads)
+        return open_model(checkpoint.model, threads=context.threads)
     from fmops.adapters.lm_eval_endpoint import EndpointLM
     from fmops.adapters.openai_endpoint import OpenAIEndpoint
 

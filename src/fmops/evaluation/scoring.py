@@ -74,10 +74,10 @@ def helpers(count: int, model: Path, entries: Entries, work: Path, *, threads: i
 
 
 def _help(model: Path, entries: Entries, work: Path, worker: int, threads: int, parent: int) -> None:
-    from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+    from fmops.adapters.lm_eval_pictures import open_model
 
     def stay(_: float) -> None:
         if os.getppid() != parent:
             raise SystemExit(f"process {parent}, which this one helped, is gone")
 
-    score(SharedPrefixLM(model, threads=threads), entries, work, on_progress=stay, worker=worker)
+    score(open_model(model, threads=threads), entries, work, on_progress=stay, worker=worker)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fmops.errors import FmopsError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class Unusable(Exception):
@@ -26,6 +26,9 @@ class Encoded:
     ids: tuple[int, ...]
     learnt: tuple[bool, ...]
     """True on the assistant's tokens, the end of its turn included."""
+
+    pictures: tuple[Any, ...] = ()
+    """What the model sees, in order; for one that reads pictures."""
 
     def split(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Everything before the last answer, and the last answer."""
@@ -110,7 +113,8 @@ def _render(messages: Sequence[Message], *, tokenizer: Any, prompt: bool) -> str
         )
     from jinja2.exceptions import TemplateError
 
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    # A tokenizer knows nothing of pictures; who calls has given each message the form that its template takes.
+    plain = [message.get("parts") or {"role": message["role"], "content": message["content"]} for message in messages]
     try:
         return str(tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt))
     except TemplateError as error:

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmops.artifacts import Checkpoint, Conversations
 from fmops.errors import FmopsError
 from fmops.finetuning.dialogue import Encoded, Unusable, encode_dialogue
 from fmops.lifecycle import Instruct
+from fmops.pictures import for_template, reads_pictures, to_url
 from fmops.stage import StageContext
+
+if TYPE_CHECKING:
+    from fmops.adapters.eyes import Eyes
 
 
 def instruct(
@@ -27,8 +31,11 @@ def instruct(
         StageFailed: a loss is not finite, or a resume state cannot be written.
     """
     from fmops.adapters.model_files import load_tokenizer
-    from fmops.adapters.trl_sft import train
 
+    if reads_pictures(checkpoint.model):
+        from fmops.adapters.seeing_sft import train
+    else:
+        from fmops.adapters.trl_sft import train
     tokenizer = load_tokenizer(checkpoint.model)
     train_set = read_dialogues(conversations.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
     held_out = read_dialogues(conversations.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
@@ -67,13 +74,36 @@ def instruct(
     )
 
 
+def _eyes(model: str) -> Eyes | None:
+    """Of a model that reads pictures."""
+    if not reads_pictures(Path(model)):
+        return None
+    from fmops.adapters.eyes import Eyes
+
+    return Eyes(Path(model))
+
+
+def _seen_dialogue(messages: list[dict[str, Any]], folder: Path, *, eyes: Eyes, tokenizer: Any) -> Encoded:
+    """A dialogue whose tokens have room for its pictures, which are files of `folder`."""
+    shown = [{**message, "parts": for_template(message, sees=True)} for message in messages]
+    encoded = encode_dialogue(shown, tokenizer=tokenizer)
+    files = tuple(folder / name for message in messages for name in message.get("pictures", ()))
+    looks = [eyes.look(to_url(file.name, file.read_bytes())) for file in files]
+    ids, learnt = eyes.expand_learnt(encoded.ids, encoded.learnt, looks)
+    return Encoded(tuple(ids), tuple(learnt), files)
+
+
 def read_dialogues(path: Path, config: Instruct, *, tokenizer: Any, context: StageContext) -> list[Encoded]:
     """The dialogues of a JSON Lines file as tokens. What cannot be used is counted and said, never dropped silently."""
     encoded, unusable = [], {}
+    eyes = _eyes(tokenizer.name_or_path)
     for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
         row = json.loads(line)
         try:
-            dialogue = encode_dialogue(row["messages"], tokenizer=tokenizer)
+            if eyes is None:
+                dialogue = encode_dialogue(row["messages"], tokenizer=tokenizer)
+            else:
+                dialogue = _seen_dialogue(row["messages"], path.parent, eyes=eyes, tokenizer=tokenizer)
         except Unusable as reason:
             unusable[row["id"]] = str(reason)
             continue

@@ -22,6 +22,7 @@ from fmops.stage import StageContext
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 KEPT = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|(processor|preprocessor)_config\.json"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja|.*\.safetensors|model\.safetensors\.index\.json"
 )
 """Files that make a model; a README, a .gitattributes and the like are left behind."""

@@ -129,8 +129,10 @@ class _Api:
         self._known(body.model)
         messages = [
             {"role": "system" if turn.role == "developer" else turn.role, "content": turn.text}
+            | ({"pictures": turn.pictures} if turn.pictures else {})
             for turn in body.messages
         ]
+        shown = tuple(url for turn in body.messages for url in turn.pictures)
         prompt = await self._encode(lambda: self._service.engine.tokenizer.encode_chat(messages), "messages")
         asked = (
             body.max_completion_tokens
@@ -138,7 +140,9 @@ class _Api:
             or max(1, self._service.engine.tokenizer.context_tokens - len(prompt))
         )
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await self._answer(request, body, prompt, kind="chat", max_tokens=asked, top_logprobs=top)
+        return await self._answer(
+            request, body, prompt, kind="chat", max_tokens=asked, top_logprobs=top, pictures=shown
+        )
 
     async def complete(self, request: Request) -> Response:
         self._service.refuse_early()
@@ -217,13 +221,13 @@ class _Api:
 
     async def _answer(
         self, request: Request, body: Sampling, prompt: list[int], *, kind: Kind, max_tokens: int,
-        top_logprobs: int | None, scores_prompt: bool = False,
+        top_logprobs: int | None, scores_prompt: bool = False, pictures: tuple[str, ...] = (),
     ) -> Response:  # fmt: skip
         temperature = 1.0 if body.temperature is None else body.temperature
         generation = Generation(
             prompt=tuple(prompt), max_tokens=max_tokens, temperature=temperature, top_p=body.top_p or 1.0,
             seed=body.seed, stop=tuple(body.stop or ()), top_logprobs=top_logprobs or 0,
-            scores_prompt=scores_prompt, cache_salt=body.cache_salt or "",
+            scores_prompt=scores_prompt, pictures=pictures, cache_salt=body.cache_salt or "",
         )  # fmt: skip
         answer = self._service.open(generation, operation=kind)
         reply = Reply(

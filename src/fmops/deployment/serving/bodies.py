@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from fmops.pictures import from_url
+
 MAX_SEED = 2**63 - 1
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -26,7 +28,10 @@ IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"
 """Fields about the caller, with no effect on the answer."""
 
 
-BRANCHES = ("str", "list", "TextPart")
+BRANCHES = ("str", "list")
+PARTS = ("text", "image_url")
+MOST_PICTURES = 8
+"""In a request."""
 
 
 class RequestError(Exception):
@@ -68,6 +73,11 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+def _is_picture(url: str) -> str:
+    from_url(url)
+    return url
+
+
 Text = Annotated[str, AfterValidator(_whole_characters)]
 SomeText = Annotated[str, Field(min_length=1), AfterValidator(_whole_characters)]
 
@@ -77,23 +87,55 @@ class _Body(BaseModel):
 
 
 class TextPart(_Body):
-    """A piece of a message; only text is understood."""
+    """A piece of a message that is text."""
 
     type: Literal["text"]
     text: Text
+
+
+class PictureUrl(_Body):
+    """Where a picture is: in the request itself."""
+
+    url: Annotated[str, AfterValidator(_is_picture)]
+    detail: Literal["auto"] | None = None
+
+
+class PicturePart(_Body):
+    """A piece of a message that is a picture."""
+
+    type: Literal["image_url"]
+    image_url: PictureUrl
+
+
+Part = Annotated[TextPart | PicturePart, Field(discriminator="type")]
 
 
 class ChatMessage(_Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[Part]
     name: str | None = None
 
     @property
     def text(self) -> str:
-        """The whole content."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The whole text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def pictures(self) -> list[str]:
+        """Data URLs of what is shown; they stand before the text, wherever the client put them."""
+        if isinstance(self.content, str):
+            return []
+        return [part.image_url.url for part in self.content if isinstance(part, PicturePart)]
+
+    def plain(self) -> str | list[dict[str, Any]]:
+        """The content in its simplest form: a text, where nothing is shown."""
+        if isinstance(self.content, str) or not self.pictures:
+            return self.text
+        return [part.model_dump(exclude_none=True) for part in self.content]
 
 
 class StreamOptions(_Body):
@@ -186,6 +228,8 @@ def _possible(body: Sampling) -> None:
     if isinstance(body, CompletionBody) and body.echo and (body.stream or body.logprobs is None):
         raise RequestError("'echo' needs 'logprobs', and no 'stream'", param="echo")
     if isinstance(body, ChatBody):
+        if (shown := sum(len(turn.pictures) for turn in body.messages)) > MOST_PICTURES:
+            raise RequestError(f"{shown} pictures are more than {MOST_PICTURES}", param="messages")
         if body.top_logprobs and not body.logprobs:
             raise RequestError(f"'top_logprobs': {body.top_logprobs} needs 'logprobs': true", param="top_logprobs")
         if None not in (body.max_tokens, body.max_completion_tokens):
@@ -217,4 +261,9 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> RequestError:
 
 def _path(steps: tuple[int | str, ...]) -> list[str]:
     """Pydantic also lists the branch of a union that it tried; a client knows nothing of those."""
-    return [str(step) for step in steps if isinstance(step, int) or (step.isidentifier() and step not in BRANCHES)]
+    path = []
+    for before, step in zip((None, *steps), steps, strict=False):
+        kind = isinstance(before, int) and step in PARTS
+        if isinstance(step, int) or (step.isidentifier() and step not in BRANCHES and not kind):
+            path.append(str(step))
+    return path

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fmops.errors import EXIT_FAILED, FmopsError, unknown
+from fmops.pictures import reads_pictures
 
 ENGINES = {
     "transformers": "fmops.adapters.transformers_engine:TransformersEngine",
@@ -32,8 +33,8 @@ EIGHT_BIT_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCaus
 ALTERNATIVES = 20
 """Most alternatives whose log-probabilities a request may ask for, in OpenAI's API."""
 
-Message = dict[str, str]
-"""`role` (system, user or assistant) and `content`."""
+Message = dict[str, Any]
+"""`role` (system, user or assistant), `content`, and `pictures`: data URLs of what is shown before it."""
 
 
 class EngineError(FmopsError):
@@ -59,6 +60,8 @@ class Generation:
     top_logprobs: int = 0
     scores_prompt: bool = False
     """Also state how likely the prompt's own tokens are."""
+    pictures: tuple[str, ...] = ()
+    """Data URLs, in the order of their places in the prompt."""
     cache_salt: str = ""
     """Requests with another salt share no cached prefix, where an engine caches over requests."""
 
@@ -143,13 +146,15 @@ def choose_engine(asked: str, folder: Path, *, parameters: int) -> str:
     On a GPU vLLM where it is installed. On a CPU the engine that needs least, Transformers in float32: nothing to
     convert, and it computes what was evaluated. Its limit is memory: 4 bytes a weight and token. A model for which that
     limit is below a reader's pace goes to OpenVINO, which reads a quarter of it, where that is installed and knows the
-    architecture.
+    architecture. Pictures are shown by Transformers alone.
 
     Raises:
         FmopsError: no engine of that name.
     """
     if asked != "auto":
         return engine_name(asked)
+    if reads_pictures(folder):
+        return "transformers"
     if Path("/dev/nvidiactl").exists() and find_spec("vllm"):
         return "vllm"
     architecture = json.loads((folder / "config.json").read_bytes()).get("architectures", ["?"])[0]

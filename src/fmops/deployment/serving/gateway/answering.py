@@ -236,7 +236,7 @@ def upstream_body(job: Job, *, stream: bool, secret: str) -> bytes:
     """
     body: dict[str, Any] = job.body.model_dump(exclude_none=True, exclude={"stream", "stream_options"})
     if isinstance(job.body, ChatBody):
-        body["messages"] = [{"role": turn.role, "content": turn.text} for turn in job.body.messages]
+        body["messages"] = [{"role": turn.role, "content": turn.plain()} for turn in job.body.messages]
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     body["cache_salt"] = blake2b(job.tenant.encode(), key=secret.encode()[:64], digest_size=16).hexdigest()

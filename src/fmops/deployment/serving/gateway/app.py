@@ -25,6 +25,8 @@ from fmops.traces import Feedback
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
+PICTURE_TOKENS = 64
+"""Guessed for a picture, until the engine says."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -172,7 +174,7 @@ class _Api:
         context = self._desk.limits.context_tokens
         asked = body.max_tokens
         if isinstance(body, ChatBody):
-            guess = sum(_guess(turn.text) for turn in body.messages)
+            guess = sum(_guess(turn.text) + PICTURE_TOKENS * len(turn.pictures) for turn in body.messages)
             asked = body.max_completion_tokens or asked
             most = asked or max(1, context - guess)
         else:

@@ -118,7 +118,9 @@ def _read(objects: list[dict[str, Any]]) -> Answer:
 def last_user_text(body: ChatBody | CompletionBody) -> str:
     """What the person asked."""
     if isinstance(body, ChatBody):
-        return next((turn.text for turn in reversed(body.messages) if turn.role == "user"), "")
+        last = next((turn for turn in reversed(body.messages) if turn.role == "user"), None)
+        # That something was shown is kept; the picture itself never is.
+        return "[picture] " * len(last.pictures) + last.text if last else ""
     return body.prompt if isinstance(body.prompt, str) else ""
 
 

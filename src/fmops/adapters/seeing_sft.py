@@ -1,0 +1,180 @@
+"""Instruction tuning of a vision-language model, under the same watch as every other training.
+
+Enters: a model folder with an image processor, dialogues whose tokens have room for their pictures.
+Leaves: a trained model folder, its curve, resume states while it runs.
+Refuses: LoRA, several processes, and what `trainer` refuses.
+
+A row is one dialogue, filled up on the right: a picture's features replace the embeddings of its own row, which a
+packed row would mix. The answers' tokens alone are learnt; both towers move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import Trainer
+from trl import SFTConfig
+
+from fmops.adapters import ranks
+from fmops.adapters.eyes import Eyes, load_seeing, pictures_of
+from fmops.adapters.model_files import choose_precision, evaluating, load_tokenizer, save_model
+from fmops.adapters.packing import IGNORED, plan_training
+from fmops.adapters.schedule import Schedule, arguments, evenly
+from fmops.adapters.trainer import Trained, Watch, prepare, run
+from fmops.adapters.trl_sft import HELD_OUT_TOKENS, RATES, SftTrainer
+from fmops.errors import FmopsError
+from fmops.lifecycle import Instruct
+from fmops.pictures import to_url
+from fmops.stage import StageContext
+
+ROW_TOKENS = 1024
+"""Tokens of dialogues that go through the model together, filling not counted."""
+
+
+class Dialogue(Protocol):
+    """Token ids, which of them are learnt, and the picture files that are seen."""
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+    @property
+    def learnt(self) -> tuple[bool, ...]: ...
+    @property
+    def pictures(self) -> tuple[Path, ...]: ...
+
+
+def train(
+    config: Instruct,
+    *,
+    source: Path,
+    dialogues: Sequence[Dialogue],
+    held_out: Sequence[Dialogue],
+    out: Path,
+    context: StageContext,
+) -> Trained:
+    """Tune the model in `source`; write `out/model`."""
+    if config.adapter != "full":
+        raise FmopsError("a model that reads pictures is tuned with every weight: set instruct.adapter to full.")
+    if ranks.world() > 1:
+        raise FmopsError("a model that reads pictures is tuned in one process: leave runtime.processes out.")
+    prepare(context)
+    work = out / ".work"
+    work.mkdir(parents=True, exist_ok=True)
+    dtype = choose_precision(context, work=work)
+    sizes = [len(dialogue.ids) for dialogue in dialogues]
+    tokens = round(config.epochs * sum(sizes))
+    plan = plan_training(
+        sizes, tokens=min(tokens, config.max_tokens or tokens), batch_tokens=config.batch_tokens, seed=context.seed
+    )
+    if not plan.steps:
+        raise FmopsError(f"epochs {config.epochs} of {sum(sizes)} tokens is less than one step. Raise instruct.epochs.")
+    eyes, tokenizer = Eyes(source, remember=True), load_tokenizer(source)
+    collate = _collator(eyes, padding=tokenizer.pad_token_id)
+    model = load_seeing(source)
+    rows = max(part for part in range(1, plan.blocks_per_step + 1) if _divides(part, plan.blocks_per_step, max(sizes)))
+    watch = Watch(
+        plan=plan,
+        context=context,
+        evaluate=_held_out_loss(held_out, collate, dtype=dtype),
+        evaluate_at=evenly(config.evaluations, plan.steps, end=True),
+        save_at=evenly(config.checkpoints, plan.steps, end=False),
+        best="held_out_loss" if config.keep == "best" else None,
+        patience=config.patience,
+    )
+    trainer = SeeingTrainer(
+        model=model,
+        args=SFTConfig(
+            **arguments(
+                work=work,
+                steps=plan.steps,
+                accumulate=plan.blocks_per_step // rows,
+                schedule=Schedule(config.learning_rate or RATES["full"], warmup=0.1, decay=0.5),
+                dtype=dtype,
+                seed=context.seed,
+            )
+            | {"per_device_train_batch_size": rows},
+            gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            packing=False,
+            padding_free=False,
+            loss_type="nll",
+        ),
+        train_dataset=Dataset.from_dict({"place": plan.order}),
+        data_collator=lambda some: collate([dialogues[row["place"]] for row in some]),
+        processing_class=tokenizer,
+    )
+    run(trainer, watch, work=work)
+    save_model(model, out / "model", source=source)
+    last = plan.steps if watch.kept_step is None else watch.kept_step
+    read = plan.order[: last * plan.blocks_per_step]
+    return Trained(
+        parameters=model.num_parameters(),
+        trained_tokens=sum(sum(dialogues[index].learnt) for index in read),
+        curve=watch.curve,
+        stopped=watch.stopped,
+        kept_step=watch.kept_step,
+    )
+
+
+class SeeingTrainer(SftTrainer):
+    """TRL looks for pictures in a data set of its own form; ours come with the batch."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        Trainer._set_signature_columns_if_needed(self)
+
+
+def _divides(part: int, whole: int, largest: int) -> bool:
+    return whole % part == 0 and (part == 1 or part * largest <= ROW_TOKENS)
+
+
+def _collator(eyes: Eyes, *, padding: int) -> Callable[[Sequence[Dialogue]], dict[str, Any]]:
+    """Makes a batch: [rows, tokens] ids, labels and mask, and the rows' pictures."""
+
+    def collate(rows: Sequence[Dialogue]) -> dict[str, Any]:
+        shape = len(rows), max(len(row.ids) for row in rows)
+        ids = np.full(shape, padding, dtype=np.int64)
+        labels, mask = np.full(shape, IGNORED, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for place, row in enumerate(rows):
+            size = len(row.ids)
+            ids[place, :size], mask[place, :size] = row.ids, 1
+            labels[place, :size] = np.where(row.learnt, row.ids, IGNORED)
+        looks = [[eyes.look(to_url(file.name, file.read_bytes())) for file in row.pictures] for row in rows]
+        tensors = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return {name: torch.from_numpy(value) for name, value in tensors.items()} | pictures_of(looks) | {
+            "use_cache": False
+        }  # fmt: skip
+
+    return collate
+
+
+def _held_out_loss(
+    dialogues: Sequence[Dialogue], collate: Callable[[Sequence[Dialogue]], dict[str, Any]], *, dtype: torch.dtype
+) -> Callable[[Any], dict[str, float]]:
+    """Measures nats a learnt token on the first held-out dialogues, a dialogue at a time."""
+    chosen: list[Dialogue] = []
+    tokens = 0
+    for dialogue in dialogues:
+        tokens += len(dialogue.ids)
+        if chosen and tokens > HELD_OUT_TOKENS:
+            break
+        chosen.append(dialogue)
+
+    def measure(model: Any) -> dict[str, float]:
+        nats, counted = 0.0, 0
+        with evaluating(model, dtype=dtype) as device:
+            for dialogue in chosen:
+                batch = collate([dialogue])
+                batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                labels = batch.pop("labels")[0, 1:]
+                learnt = labels != IGNORED
+                logits = model(**batch).logits[0, :-1][learnt].float()
+                nats += float(torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum"))
+                counted += int(learnt.sum())
+        return {"held_out_loss": nats / counted} if counted else {}
+
+    return measure
