@@ -58,6 +58,8 @@ def write_starter(folder: Path) -> Path:
     path = folder / "lifecycle.yaml"
     if path.exists():
         raise FmopsError(f"{path} is there already. Edit it, or name another folder: `fmops init FOLDER`.")
+    if folder.exists() and not folder.is_dir():
+        raise FmopsError(f"{folder} is a file. Name a folder for the spec: `fmops init FOLDER`.")
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "my-model"
     schema = folder / ".fmops" / SCHEMA.name

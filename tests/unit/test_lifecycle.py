@@ -176,6 +176,15 @@ def test_a_missing_spec_says_how_to_get_one(tmp_path):
         read_lifecycle(tmp_path / "none.yaml")
 
 
+def test_a_file_instead_of_a_folder_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "lifecycle.yaml").write_text(GOOD)
+    with pytest.raises(FmopsError, match=r"file is a file. Name a folder for the spec: `fmops init FOLDER`"):
+        write_starter(tmp_path / "file")
+    with pytest.raises(FmopsError, match=r"the workspace .*file is a file. Name a folder with --workspace"):
+        Project.open(tmp_path / "lifecycle.yaml", workspace=tmp_path / "file")
+
+
 def test_a_folder_instead_of_a_spec_is_told_apart(tmp_path):
     with pytest.raises(FmopsError, match=r"is a folder. Name the spec in it: --spec .*/lifecycle.yaml"):
         read_lifecycle(tmp_path)

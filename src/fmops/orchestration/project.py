@@ -38,10 +38,16 @@ class Project:
 
     @classmethod
     def open(cls, spec_path: Path, *, workspace: Path | None = None) -> Project:
-        """Read the spec; the workspace is `.fmops` beside it unless named."""
+        """Read the spec; the workspace is `.fmops` beside it unless named.
+
+        Raises:
+            FmopsError: mistakes in the spec, each with its line; a workspace that is no folder.
+        """
         path = spec_path.resolve()
         spec = read_lifecycle(path)
         root = (workspace or path.parent / WORKSPACE).resolve()
+        if root.exists() and not root.is_dir():
+            raise FmopsError(f"the workspace {root} is a file. Name a folder with --workspace; it is made when needed.")
         store = Store(root, shared=_shared(spec, root))
         try:
             graph = build(spec, path.parent)
