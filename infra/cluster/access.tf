@@ -23,6 +23,14 @@ resource "aws_eks_access_policy_association" "people" {
   }
 }
 
+# What they may do is the role `launcher` of infra/platform/queues.
+resource "aws_eks_access_entry" "engineers" {
+  for_each          = var.engineers
+  cluster_name      = aws_eks_cluster.this.name
+  principal_arn     = each.key
+  kubernetes_groups = ["fmops:engineers"]
+}
+
 # Managed node groups make this entry by themselves; Karpenter's nodes need it.
 resource "aws_eks_access_entry" "nodes" {
   cluster_name  = aws_eks_cluster.this.name

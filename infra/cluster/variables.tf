@@ -93,10 +93,24 @@ variable "administrators" {
   }
 }
 
+variable "engineers" {
+  type        = set(string)
+  description = "ARNs of the IAM roles that send stages to the queue (`fmops run --on eks`): jobs of fmops-train and their logs, nothing else."
+  default     = []
+  validation {
+    condition     = alltrue([for arn in var.engineers : can(regex("^arn:aws[a-z-]*:iam::[0-9]{12}:role/", arn)) && !contains(var.administrators, arn) && !contains(var.viewers, arn)])
+    error_message = "engineers are [${join(", ", var.engineers)}]; name roles by their ARN, and each in one list only: administrators and viewers are others."
+  }
+}
+
 variable "viewers" {
   type        = set(string)
   description = "ARNs of the IAM roles that may read the cluster, but no secrets."
   default     = []
+  validation {
+    condition     = alltrue([for arn in var.viewers : can(regex("^arn:aws[a-z-]*:iam::[0-9]{12}:role/", arn))])
+    error_message = "viewers are [${join(", ", var.viewers)}]; name roles by their ARN."
+  }
 }
 
 variable "public_access_cidrs" {

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
+from urllib.request import urlopen
 
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
@@ -174,13 +175,23 @@ def application() -> tuple[Callable[..., Any], EksExtras]:
 
 @contextmanager
 def serve() -> Iterator[tuple[str, EksExtras]]:
-    """The API's address on this machine, until the block ends."""
+    """The API's address on this machine, until the block ends; it knows nothing of what ran before in this process."""
     answer, extras = application()
     server = make_server("127.0.0.1", 0, answer, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield f"http://127.0.0.1:{server.server_port}", extras
+        _forget(address)
+        yield address, extras
     finally:
+        _forget(address)
         server.shutdown()
+        server.server_close()
         thread.join()
+
+
+def _forget(address: str) -> None:
+    """moto's memory is the process's, and other tests of it use moto, too."""
+    with urlopen(f"{address}/moto-api/reset", data=b"", timeout=60) as reply:
+        assert reply.status == 200

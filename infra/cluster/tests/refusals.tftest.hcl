@@ -38,6 +38,22 @@ run "half_the_internet" {
   expect_failures = [var.public_access_cidrs]
 }
 
+run "an_engineer_who_is_an_administrator" {
+  command = plan
+  variables {
+    engineers = ["arn:aws:iam::111122223333:role/PlatformAdmin"]
+  }
+  expect_failures = [var.engineers]
+}
+
+run "a_viewer_with_a_long_lived_key" {
+  command = plan
+  variables {
+    viewers = ["arn:aws:iam::111122223333:user/somebody"]
+  }
+  expect_failures = [var.viewers]
+}
+
 run "an_unknown_profile" {
   command = plan
   variables {
