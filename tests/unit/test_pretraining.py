@@ -151,6 +151,10 @@ def test_reports_are_json_lines_and_nothing_else_reaches_standard_output(base, c
     assert capfd.readouterr().out == ""
     events = [json.loads(line) for line in context.stream.getvalue().splitlines()]
     assert {event["event"] for event in events} >= {"metrics", "progress"}
+    last = [event["shown"] for event in events if event["event"] == "progress"][-1]
+    assert set(last) == {"tokens_per_s", "mfu", "loss", "new_bits_per_byte", "old_bits_per_byte"}
+    assert 0 < last["mfu"] < 2
+    assert 0 < context.cost["mfu"] < 2
 
 
 def measured(monkeypatch, values: list[float]) -> None:

@@ -68,14 +68,21 @@ def open_view(stream: TextIO | None = None) -> Iterator[View]:
     if not stream.isatty():
         yield LineView(stream)
         return
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    class TwoLines(Progress):
+        """Figures stand below the bar: beside it they would push bar and end off a terminal of 80 columns."""
+
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            yield from (f"  {task.fields['figures']}" for task in self.tasks if task.fields["figures"])
+
     columns = (
-        SpinnerColumn(), TextColumn("{task.description:18}"), BarColumn(bar_width=24),
+        SpinnerColumn(), TextColumn("{task.description:18}"), BarColumn(bar_width=12),
         TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(file=stream), transient=True) as progress:
+    with TwoLines(*columns, console=Console(file=stream), transient=True) as progress:
         yield BarView(progress)
 
 
@@ -102,11 +109,16 @@ class BarView:
     def show(self, node: str, event: Event) -> None:
         """Move the bar, or print the line."""
         if event["event"] == "started":
-            self._tasks[node] = self._progress.add_task(node, total=None, shown="")
+            self._tasks[node] = self._progress.add_task(node, total=None, shown="", figures="")
         elif event["event"] == "progress" and node in self._tasks:
-            figures = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in event["shown"].items())
-            shown = f"{event['done']:,.0f}/{event['total']:,.0f} {event['unit']}  {figures}"
-            self._progress.update(self._tasks[node], completed=event["done"], total=event["total"], shown=shown)
+            names = {name: name.replace("_per_", "/").replace("_", " ") for name in event["shown"]}
+            self._progress.update(
+                self._tasks[node],
+                completed=event["done"],
+                total=event["total"],
+                shown=f"{event['done']:,.0f}/{event['total']:,.0f} {event['unit']}",
+                figures="  ".join(f"{names[name]} {value:.4g}" for name, value in event["shown"].items()),
+            )
         elif event["event"] in ("finished", "failed", "cached") and node in self._tasks:
             self._progress.remove_task(self._tasks.pop(node))
         text = describe(node, event)
