@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from fmops.pictures import NoPicture, from_url
@@ -68,6 +67,9 @@ class Eyes:
         return seen
 
     def _look(self, url: str) -> Look:
+        # A language model is served without Pillow, too.
+        from PIL import Image, UnidentifiedImageError
+
         try:
             file = Image.open(io.BytesIO(from_url(url)), formats=("PNG", "JPEG", "WEBP"))
             if file.width * file.height > MOST_PIXELS:
