@@ -85,6 +85,9 @@ class Curate(Frozen):
     near_duplicate: Share = Field(0.8, description="Estimated Jaccard similarity from which a document is a duplicate.")
     redact: bool = Field(True, description="Replace personal data and secrets before anything is written.")
     held_out: Share = Field(0.1, description="Share of documents kept from training, up to 200 documents a domain.")
+    held_out_examples: Share | None = Field(
+        None, description="The same of conversations and preferences. Left out: `held_out`."
+    )
     block_tokens: int = Field(1024, ge=64, description="Longest training sequence; documents never see each other.")
 
 

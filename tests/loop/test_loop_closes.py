@@ -51,6 +51,8 @@ def test_the_loop_goes_from_new_documents_to_a_rollout_through_kills_and_trains_
     assert (aliases["champion"], aliases["challenger"]) == (champion, state["release"])
     trained = [record for record in store.records() if record.stage == "pretrain"]
     assert len(trained) == 2
+    # Pretraining unlearns some of what came after it, so that is done again.
+    assert len([record for record in store.records() if record.stage in ("instruct", "align")]) == 4
     base = store.by_key(trained[-1].inputs["checkpoint"].ref)
     assert "artifacts/release-" in base.inputs["source"].ref
     again = look(copied)
@@ -60,7 +62,10 @@ def test_the_loop_goes_from_new_documents_to_a_rollout_through_kills_and_trains_
     assert ended.returncode == 0, ended.stderr
     assert "round 1 ended, rolled back" in look(copied).stdout
     assert store.aliases()["champion"] == champion
-    assert "nothing asks for a round" in look(copied).stdout
+    # Nothing has changed, so what was in vain is not tried again; nor does it count as read.
+    said = look(copied).stdout
+    assert "documents: round 1 learnt from the 16 new files and ended, rolled back. They are tried again" in said
+    assert "nothing asks for a round" in said
 
 
 def test_a_round_waits_for_approval_where_the_spec_asks_for_it(copied):

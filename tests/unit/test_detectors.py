@@ -16,7 +16,7 @@ from fmops.deployment.monitoring.detectors import (
     population_stability,
     risk_has_risen,
 )
-from fmops.deployment.monitoring.topics import distance, words_of
+from fmops.deployment.monitoring.topics import novelty, words_of
 
 
 def run_length(detector, draw, threshold: float, most: int) -> int:
@@ -104,11 +104,9 @@ def test_pictures_are_effect_sizes():
 
 
 def test_a_text_on_another_topic_is_far_away():
-    centroid: dict[int, float] = {}
-    for text in ("how do python decorators work", "what does a python generator yield", "explain python classes"):
-        for slot, weight in words_of(text).items():
-            centroid[slot] = centroid.get(slot, 0) + weight
-    near = distance(words_of("explain decorators in python"), centroid)
-    far = distance(words_of("symptoms of influenza during pregnancy"), centroid)
-    assert near < 0.5 < far <= 1
-    assert distance({}, centroid) == 1
+    usual = ("how do python decorators work", "what does a python generator yield", "explain python classes")
+    known = frozenset[int]().union(*map(words_of, usual))
+    assert novelty(words_of("explain decorators in python"), known) == 0
+    assert novelty(words_of("explain python contextmanagers"), known) == 1 / 3
+    assert novelty(words_of("symptoms of influenza during pregnancy"), known) == 1
+    assert novelty(frozenset(), known) == 1

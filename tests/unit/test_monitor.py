@@ -67,6 +67,15 @@ def test_another_topic_is_a_shift_and_no_harm():
     assert not any(alarm.kind == "harm" for alarm in state.alarms)
 
 
+def test_known_topics_by_turns_are_no_new_topic():
+    talk, state = reference(3, topics={"python": 0.7, "cooking": 0.3})
+    for _ in range(5):
+        for topic in ("cooking", "python"):
+            talk.topics = {topic: 1.0}
+            state = watch(state, talk.serve(100), (), POLICY)
+    assert ("topic", "shift") not in alarmed(state)
+
+
 @pytest.mark.parametrize(("users", "shifted"), [(3, False), (200, True)])
 def test_a_few_who_flood_the_traffic_do_not_look_like_everybody(users, shifted):
     talk, state = reference(4)

@@ -6,9 +6,12 @@ import pytest
 
 from fmops.errors import FmopsError
 from fmops.lifecycle import Loop, read_lifecycle
-from fmops.orchestration.round_spec import EARLIER, write_round
+from fmops.orchestration.learnt import Learnt
+from fmops.orchestration.project import Project
+from fmops.orchestration.round_spec import EARLIER, trained, write_round
 from fmops.orchestration.rounds import WEEK_S, Round, Rounds, Trigger, decide
 from fmops.sources import resolve
+from fmops.store import Store, write_atomically
 
 NOW = 1_800_000_000.0
 HOUR = 3600.0
@@ -28,6 +31,8 @@ instruct: {adapter: lora, epochs: 2}
 evaluate: {suites: [quiz.yaml, domain], limit: 10}
 gate: {alpha: 0.1, primary: [domain]}
 """
+PLAIN = SPEC.replace("quiz.yaml, ", "")
+"""The same without a suite file of its own."""
 
 
 def ended(number: int, *, hours_ago: float, cause: str = "new data") -> Round:
@@ -117,14 +122,41 @@ def test_a_round_of_pretraining_reads_what_is_new_and_some_of_what_it_knew(proje
     folder, spec = derive(project, "pretrain")
     assert spec.base == "../../artifacts/release-1/model"
     assert (spec.pretrain.tokens, spec.pretrain.learning_rate) == (4096, 2e-3)
-    assert spec.instruct is None
     assert spec.data.corpora["docs"].source == ("data/new/docs",)
     assert spec.data.corpora["general"].source == ("../../../general.jsonl",)
     assert (spec.data.corpora[EARLIER].role, spec.data.corpora[EARLIER].weight) == ("replay", 0.2)
     assert [path.name for path in sorted((folder / "data").rglob("*.txt"))] == ["old-1.txt", "old-2.txt", "new-1.txt"]
     assert spec.evaluate.suites == ("../../../quiz.yaml", "domain", "forgetting")
     assert spec.curate.held_out == 0.5  # of one new file; of a hundred it would be the spec's own share
+    assert spec.curate.held_out_examples == 0.1  # rehearsal loses no more than in the project
     assert (spec.gate.alpha, spec.gate.primary) == (0.1, ("domain",))
+
+
+def test_a_round_of_pretraining_tunes_again_on_the_projects_dialogues_and_on_what_users_corrected(project):
+    _, spec = derive(project, "pretrain")
+    assert spec.instruct.epochs == 2
+    assert spec.data.conversations.source == ("../../../conversations.jsonl",)
+    corrected = project / ".fmops" / "rounds" / "0001" / "feedback" / "conversations.jsonl"
+    corrected.parent.mkdir()
+    corrected.write_text("{}\n")
+    _, spec = derive(project, "pretrain")
+    assert spec.data.conversations.source == ("feedback/conversations.jsonl", "../../../conversations.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("stage", "follow"),
+    [("pretrain", ("instruct", "align")), ("instruct", ("align",)), ("align", ())],
+)
+def test_every_later_stage_of_the_spec_follows_in_a_round(project, stage, follow):
+    aligning(project, "{method: dpo}")
+    assert trained(read_lifecycle(project / "lifecycle.yaml"), stage) == (stage, *follow)
+
+
+def test_a_spec_without_tuning_gets_none_in_its_rounds(project):
+    text = SPEC.replace("instruct: {adapter: lora, epochs: 2}\n", "")
+    (project / "lifecycle.yaml").write_text(text)
+    _, spec = derive(project, "pretrain")
+    assert (spec.instruct, spec.align, spec.data.conversations) == (None, None, None)
 
 
 def test_later_edits_do_not_reach_a_round(project):
@@ -179,3 +211,84 @@ def test_a_round_finds_the_rewards_of_its_project(project):
 def test_finetuning_without_feedback_says_what_is_wanted(project):
     with pytest.raises(FmopsError, match="a round of align needs preferences from feedback, and there are none"):
         derive(project, "align")
+
+
+@pytest.fixture
+def memory(project):
+    """What the loop remembers of a project whose first look is past, and to which two files came."""
+    (project / "lifecycle.yaml").write_text(PLAIN)
+    Store(project / ".fmops").move_aliases({"champion": "release-1"}, expected={}, why="test")
+    (project / "docs" / "new-1.txt").unlink()
+
+    def now() -> Learnt:
+        return Learnt(Project.open(project / "lifecycle.yaml"), Rounds(project / ".fmops"))
+
+    now().watched()
+    for number in (1, 2):
+        (project / "docs" / f"new-{number}.txt").write_text(f"Text of new {number}.")
+    return now
+
+
+def over(memory, project, outcome: str, *, stage: str = "pretrain") -> None:
+    """A round over everything that is new ended so."""
+    folder, _ = derive(project, stage)
+    write_atomically(folder / "feedback" / "counts.json", '{"conversations": 30, "preferences": 12}')
+    each = ended(1, hours_ago=1)
+    memory().ended(each.model_copy(update={"trigger": each.trigger.model_copy(update={"stage": stage})}), outcome)
+
+
+def test_documents_count_as_read_when_the_release_that_read_them_won(memory, project):
+    assert memory().watched().untried == {"docs": 2}
+    over(memory, project, "promoted")
+    watched = memory().watched()
+    assert (watched.untried, watched.in_vain, len(watched.seen["docs"])) == ({}, None, 4)
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "need more data", "rolled back"])
+def test_documents_of_a_round_that_did_not_win_stay_new_and_ask_for_nothing_until_something_changes(
+    memory, project, outcome
+):
+    over(memory, project, outcome)
+    watched = memory().watched()
+    assert len(watched.new["docs"]) == 2
+    assert watched.untried == {}
+    assert watched.in_vain == (
+        f"round 1 learnt from the 2 new files and ended, {outcome}. They are tried again beside other files, from "
+        "another champion, under another spec, or with `--round pretrain`"
+    )
+
+
+def test_files_beside_those_tried_in_vain_bring_all_of_them_back(memory, project):
+    over(memory, project, "rolled back")
+    (project / "docs" / "new-3.txt").write_text("Text of new 3.")
+    watched = memory().watched()
+    assert (watched.untried, watched.in_vain, len(watched.new["docs"])) == ({"docs": 1}, None, 3)
+
+
+def test_another_champion_tries_again_what_was_in_vain_for_the_one_before(memory, project):
+    over(memory, project, "rolled back")
+    Store(project / ".fmops").move_aliases({"champion": "release-2"}, expected={"champion": "release-1"}, why="test")
+    assert memory().watched().untried == {"docs": 2}
+
+
+def test_another_spec_tries_again_and_another_budget_does_not(memory, project):
+    over(memory, project, "rejected")
+    spec = project / "lifecycle.yaml"
+    spec.write_text(PLAIN + "loop: {rounds_per_week: 5}\n")
+    assert memory().watched().untried == {}
+    spec.write_text(PLAIN.replace("tokens: 4096", "tokens: 8192"))
+    assert memory().watched().untried == {"docs": 2}
+
+
+@pytest.mark.parametrize("outcome", ["failed", "refused"])
+def test_a_round_that_broke_says_nothing_of_its_documents(memory, project, outcome):
+    over(memory, project, outcome)
+    assert memory().watched().untried == {"docs": 2}
+
+
+def test_corrections_that_a_round_of_pretraining_has_learnt_from_ask_for_no_round_of_their_own(memory, project):
+    counts = {"conversations": 30, "preferences": 12}
+    assert memory().fresh(counts, "instruct") == 30
+    over(memory, project, "rolled back")
+    assert memory().fresh(counts, "instruct") == 0
+    assert memory().fresh({**counts, "conversations": 34}, "instruct") == 4

@@ -6,14 +6,11 @@ Refuses: to begin what the spec's budget, cool-down or approval does not allow. 
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from fmops.artifacts import Diagnosis, DriftReport, Release, SourceFile
+from fmops.artifacts import Diagnosis, DriftReport, Release
 from fmops.deployment.monitoring.monitor import Watcher
 from fmops.deployment.rollout.controller import Controller
 from fmops.deployment.rollout.machine import SetTraffic
@@ -24,31 +21,16 @@ from fmops.faults import fault_site
 from fmops.feedback.gather import Gathered, gather, write
 from fmops.locks import Busy, locked
 from fmops.orchestration.events import View
+from fmops.orchestration.learnt import Learnt, Watched
 from fmops.orchestration.project import Project
 from fmops.orchestration.round_spec import write_round
-from fmops.orchestration.rounds import Decision, Round, Rounds, RoundStage, Trigger, decide
+from fmops.orchestration.rounds import STAGES, Decision, Round, Rounds, RoundStage, Trigger, decide
 from fmops.orchestration.run import run
-from fmops.store import Store, write_atomically
+from fmops.store import Store
 from fmops.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
 
-SEEN = "seen.json"
-"""Digests of the files that the champion has read, by corpus; relative to the rounds' folder."""
 ENDED = {"promoted": "promoted", "rolled back": "rolled back"}
 FEEDBACK_STAGES: tuple[RoundStage, ...] = ("instruct", "align")
-Files = dict[str, list[SourceFile]]
-
-
-@dataclass(frozen=True)
-class Watched:
-    """The train corpora's files, those that some round has read and those that none has."""
-
-    new: Files
-    seen: Files
-
-    @property
-    def count(self) -> int:
-        """New files in all corpora."""
-        return sum(map(len, self.new.values()))
 
 
 class LoopRunner:
@@ -61,6 +43,7 @@ class LoopRunner:
         self.project, self.view, self.clock = project, view, clock
         self.store: Store = project.store
         self.rounds = Rounds(self.store.root)
+        self.learnt = Learnt(project, self.rounds)
         self.controller = controller or Controller(self.store, clock=clock)
         self.watcher = watcher or Watcher(self.store, project.spec.monitor, clock=clock)
 
@@ -96,8 +79,9 @@ class LoopRunner:
         if any(each.phase != "ended" for each in rounds):
             # Sources and all traces are read only where a round could begin.
             return [*said, f"no round: {decide((), rounds, policy, self.clock()).reason}"]
-        watched, gathered = self._watched(), self.gathered()
+        watched, gathered = self.learnt.watched(), self.gathered()
         said += _set_aside(gathered)
+        said += [f"documents: {watched.in_vain}"] if watched.in_vain else []
         decision = decide(self._triggers(report, watched, gathered, ask), rounds, policy, self.clock())
         said.append(self._begin(decision, watched, gathered))
         return said
@@ -110,21 +94,21 @@ class LoopRunner:
         policy, counts = self.project.spec.loop, gathered.counts
         found = [ask] if ask else []
         diagnosis = report.diagnosis
-        if diagnosis and diagnosis.stage in ("pretrain", "instruct", "align"):
+        if diagnosis and diagnosis.stage in STAGES and not (diagnosis.stage == "pretrain" and watched.in_vain):
             voices = None if diagnosis.stage == "pretrain" else counts.identities
             why = f"{diagnosis.cause}: {'; '.join(diagnosis.because)}"
             found.append(Trigger(cause="alarm", stage=diagnosis.stage, why=why, identities=voices))
-        if watched.count >= policy.new_files:
-            names = ", ".join(f"{len(files)} in {name}" for name, files in watched.new.items() if files)
+        untried = watched.untried
+        if untried and sum(untried.values()) >= policy.new_files:
+            names = ", ".join(f"{count} in {name}" for name, count in untried.items())
             found.append(Trigger(cause="new data", stage="pretrain", why=f"new files: {names}"))
-        used = self._used()
         for stage in FEEDBACK_STAGES:
-            fresh = self._learnable(counts.model_dump(), stage) - used.get(stage, 0)
+            fresh = self.learnt.fresh(counts.model_dump(), stage)
             if fresh >= policy.new_examples:
                 why = f"{fresh} new examples from {counts.identities} identities"
                 found.append(Trigger(cause="feedback", stage=stage, why=why, identities=counts.identities))
         began = max((each.began_s for each in self.rounds.all()), default=None)
-        if policy.every_days and watched.count and (began is None or self.clock() - began > policy.every_days * 86400):
+        if policy.every_days and untried and (began is None or self.clock() - began > policy.every_days * 86400):
             found.append(Trigger(cause="schedule", stage="pretrain", why=f"{policy.every_days:g} days have passed"))
         return tuple(found)
 
@@ -181,7 +165,6 @@ class LoopRunner:
         except FmopsError as error:
             return self._end(each, "failed", str(error))
         fault_site("round-before-rollout")
-        self._remember(each)
         assert outcome.champion is not None
         each = each.model_copy(update={"release": outcome.champion})
         running = self.controller.read()
@@ -199,6 +182,7 @@ class LoopRunner:
         return f"round {each.number} is rolling out: {rollout.state.phase}: {rollout.state.reason}"
 
     def _end(self, each: Round, outcome: str, reason: str) -> str:
+        self.learnt.ended(each, outcome)
         self._changed(each, phase="ended", outcome=outcome, reason=reason)
         return f"round {each.number} ended, {outcome}: {reason.splitlines()[0]}"
 
@@ -229,59 +213,6 @@ class LoopRunner:
             fault_site("loop-rolled-back-traffic")
         self.store.move_aliases({"champion": previous, "previous": faulty}, expected={"champion": faulty}, why=why)
         return [f"rolled back from {faulty} to {previous}: {why}"]
-
-    def _watched(self) -> Watched:
-        """The train corpora's files. At the first look everything that lies there counts as read."""
-        from fmops.sources import resolve
-
-        corpora = {name: item for name, item in self.project.spec.data.corpora.items() if item.role == "train"}
-        files = {name: list(resolve(item.source, root=self.project.graph.root).files) for name, item in corpora.items()}
-        seen = self._seen()
-        if seen is None:
-            self._write_seen({name: [file.sha256 for file in each] for name, each in files.items()})
-            return Watched(new={name: [] for name in files}, seen=files)
-        known = {name: set(seen.get(name, ())) for name in files}
-        return Watched(
-            new={name: [file for file in each if file.sha256 not in known[name]] for name, each in files.items()},
-            seen={name: [file for file in each if file.sha256 in known[name]] for name, each in files.items()},
-        )
-
-    def _remember(self, each: Round) -> None:
-        """What a round has read is not new any more, whatever becomes of its rollout."""
-        folder = self.rounds.path(each.number)
-        if each.trigger.stage == "pretrain":
-            from fmops.sources import resolve
-
-            seen = {name: set(digests) for name, digests in (self._seen() or {}).items()}
-            for path in sorted((folder / "data" / "new").glob("*")):
-                read = resolve(str(path), root=folder).files
-                seen.setdefault(path.name, set()).update(file.sha256 for file in read)
-            self._write_seen({name: sorted(digests) for name, digests in seen.items()})
-            return
-        counts = json.loads((folder / "feedback" / "counts.json").read_text(encoding="utf-8"))
-        n = self._learnable(counts, each.trigger.stage)
-        write_atomically(self.rounds.folder / "used.json", json.dumps({**self._used(), each.trigger.stage: n}))
-
-    def _learnable(self, counts: Mapping[str, Any], stage: RoundStage) -> int:
-        """Examples of feedback that a round of `stage` would learn from; thumbs with no counterpart only by kto."""
-        if stage == "instruct":
-            return int(counts["conversations"])
-        align = self.project.spec.align
-        return int(counts["preferences"] + (counts["unpaired_thumbs"] if align and align.method == "kto" else 0))
-
-    def _used(self) -> dict[str, int]:
-        """Examples of feedback that rounds have learnt from, by stage."""
-        path = self.rounds.folder / "used.json"
-        used: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return used
-
-    def _seen(self) -> dict[str, list[str]] | None:
-        path = self.rounds.folder / SEEN
-        seen: dict[str, list[str]] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        return seen
-
-    def _write_seen(self, seen: Mapping[str, list[str]]) -> None:
-        write_atomically(self.rounds.folder / SEEN, json.dumps(seen, indent=1) + "\n")
 
     def gathered(self) -> Gathered:
         """What all feedback so far would become, were a round to begin now."""

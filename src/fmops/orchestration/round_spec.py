@@ -17,7 +17,7 @@ import yaml
 from fmops.artifacts import SourceFile
 from fmops.errors import FmopsError
 from fmops.lifecycle import FAMILIES, Lifecycle
-from fmops.orchestration.rounds import RoundStage
+from fmops.orchestration.rounds import STAGES, RoundStage
 
 EARLIER = "earlier"
 """Name of the replay corpus of what the champion has read already."""
@@ -26,8 +26,20 @@ EARLIER_WEIGHT = 0.2
 """Share of the tokens that a round reads again, against forgetting (beside the spec's own replay corpora)."""
 HELD_OUT_FILES = 8
 """New files held out, up to half of them: from fewer the gate could not tell whether the domain is known better."""
+KIND = {"instruct": "conversations", "align": "preferences"}
+"""What a stage of finetuning learns from, as the spec and feedback call it."""
 PRETRAIN = {"tokens": 16_384}
 """For a spec that has no pretraining of its own."""
+
+
+def trained(spec: Lifecycle, stage: RoundStage) -> tuple[RoundStage, ...]:
+    """What a round trains: the stage that mends, and after it every later one that the spec has.
+
+    Each stage unlearns some of what the later ones taught: pretraining on plain documents how to answer and to stop,
+    instruction tuning what people prefer.
+    """
+    later = STAGES[STAGES.index(stage) + 1 :]
+    return (stage, *(each for each in later if getattr(spec, each) is not None))
 
 
 def write_round(
@@ -53,18 +65,23 @@ def write_round(
         FmopsError: there is nothing for the stage to learn from.
     """
     derived = spec.model_dump(mode="json", exclude_defaults=True)
-    for key in ("pretrain", "instruct", "align"):
-        if key != stage:
+    stages = trained(spec, stage)
+    for key in STAGES:
+        if key not in stages:
             derived.pop(key, None)
     derived["base"] = os.path.relpath(champion, folder)
     derived["data"] = _data(folder, spec, root, stage, new, seen)
     if stage == "pretrain":
         derived.setdefault("pretrain", dict(PRETRAIN))
         share = min(0.5, HELD_OUT_FILES / sum(map(len, new.values())))
-        derived["curate"] = {**derived.get("curate", {}), "held_out": max(spec.curate.held_out, share)}
-    derived.setdefault(stage, {})
-    if rewards := derived[stage].get("reward"):
-        derived[stage]["reward"] = {_moved(name, root, folder): weight for name, weight in rewards.items()}
+        derived["curate"] = {
+            "held_out_examples": spec.curate.held_out, **derived.get("curate", {}),
+            "held_out": max(spec.curate.held_out, share),
+        }  # fmt: skip
+    for each in stages:
+        derived.setdefault(each, {})
+    if rewards := derived.get("align", {}).get("reward"):
+        derived["align"]["reward"] = {_moved(name, root, folder): weight for name, weight in rewards.items()}
     derived["evaluate"] = _evaluate(derived, spec, root, folder)
     derived["gate"] = _gate(derived, spec, stage)
     path = folder / "lifecycle.yaml"
@@ -82,27 +99,29 @@ def _data(
     seen: Mapping[str, Sequence[SourceFile]],
 ) -> dict[str, Any]:
     data: dict[str, Any] = {"corpora": _corpora(folder, spec, root, new if stage == "pretrain" else {}, seen)}
-    if stage == "pretrain":
-        if not any(new.values()):
-            raise FmopsError(
-                "a round of pretraining needs documents that no round has read, and no watched source has any. "
-                f"Add some under {', '.join(sorted(seen)) or 'data.corpora'}; questions.jsonl lists what is asked."
-            )
-        return data
-    kind = "conversations" if stage == "instruct" else "preferences"
-    own = spec.data.conversations if stage == "instruct" else spec.data.preferences
+    if stage == "pretrain" and not any(new.values()):
+        raise FmopsError(
+            "a round of pretraining needs documents that no round has read, and no watched source has any. "
+            f"Add some under {', '.join(sorted(seen)) or 'data.corpora'}; questions.jsonl lists what is asked."
+        )
+    for each in trained(spec, stage):
+        if each != "pretrain":
+            data[KIND[each]] = {"source": _examples(folder, spec, root, each, needed=each == stage)}
+    return data
+
+
+def _examples(folder: Path, spec: Lifecycle, root: Path, stage: RoundStage, *, needed: bool) -> list[str]:
+    """What feedback gave, and the spec's own again. The round's first stage is there for the former."""
+    kind = KIND[stage]
+    own = getattr(spec.data, kind)
     votes = ("votes",) if stage == "align" and spec.align and spec.align.method == "kto" else ()
     sources = [f"feedback/{name}.jsonl" for name in (kind, *votes) if (folder / "feedback" / f"{name}.jsonl").is_file()]
-    gathered = bool(sources)
-    if own:
-        sources += [_moved(uri, root, folder) for uri in own.source]
-    if not gathered:
+    if needed and not sources:
         raise FmopsError(
             f"a round of {stage} needs {kind} from feedback, and there are none. Users give them on /v1/feedback; "
             "quarantine.jsonl lists what waits for a person."
         )
-    data[kind] = {"source": sources}
-    return data
+    return sources + [_moved(uri, root, folder) for uri in (own.source if own else ())]
 
 
 def _corpora(

@@ -17,6 +17,8 @@ from fmops.lifecycle import Loop
 from fmops.store import write_atomically
 
 RoundStage = Literal["pretrain", "instruct", "align"]
+STAGES: tuple[RoundStage, ...] = ("pretrain", "instruct", "align")
+"""In the order of the lifecycle."""
 Cause = Literal["new data", "alarm", "feedback", "schedule", "person"]
 Phase = Literal["waiting for approval", "training", "rolling out", "ended"]
 WEEK_S = 7 * 24 * 3600.0

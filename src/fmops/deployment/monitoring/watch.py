@@ -17,7 +17,7 @@ from fmops.deployment.evalues import Count, exact_upper
 from fmops.deployment.monitoring.detectors import Detector, Shift, risk_has_risen
 from fmops.deployment.monitoring.judge import JUDGED
 from fmops.deployment.monitoring.signals import BINARY
-from fmops.deployment.monitoring.topics import distance, words_of
+from fmops.deployment.monitoring.topics import novelty, words_of
 from fmops.lifecycle import Monitor
 from fmops.traces import Feedback, Trace
 
@@ -50,8 +50,8 @@ LOUDER = 2.0
 """Of those, a user's count up to so many equal shares: a few who flood the traffic do not look like everybody."""
 FEWEST = 2
 """Answers of a user that count in any case."""
-TOPIC_WORDS = 200
-"""Prompts that make the centroid, before distances to it are normal."""
+NORMAL_NOVELTY = 4
+"""A quarter as many prompts as the reference has say, after it, how many new words are normal."""
 
 
 class Rate(Frozen):
@@ -84,8 +84,7 @@ class Watch(Frozen):
     answers: int = 0
     rates: dict[str, Rate] = Field(default=dict.fromkeys(RATES, Rate()))
     measures: dict[str, Measure] = Field(default=dict.fromkeys(MEASURES, Measure()))
-    centroid: dict[int, float] = Field(default={}, description="Sum of the reference's topics.")
-    centroid_prompts: int = 0
+    known_words: frozenset[int] = Field(default=frozenset(), description="Of the reference's prompts, hashed.")
     token_s: tuple[float, ...] = Field(
         default=(), description="Seconds a token of the reference, until it is complete."
     )
@@ -138,28 +137,26 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
         if len(paces) * 2 >= policy.reference:
             # The first half of the reference says what slow is, the second how often normal is slow.
             changes |= {"slow_s": sorted(paces)[math.ceil((1 - SLOW_SHARE) * len(paces)) - 1], "token_s": ()}
-    words = words_of(trace.prompt) if heard else {}
-    far = None
-    if state.centroid_prompts < min(TOPIC_WORDS, policy.reference // 2):
-        centroid = dict(state.centroid)
-        for slot, weight in words.items():
-            centroid[slot] = centroid.get(slot, 0.0) + weight
-        changes |= {"centroid": centroid, "centroid_prompts": state.centroid_prompts + 1}
-    elif words:
-        far = distance(words, state.centroid)
     ready = state.answers + 1 >= policy.reference
+    words = words_of(trace.prompt) if heard else frozenset()
+    new_words = None
+    if state.answers < policy.reference:
+        changes["known_words"] = state.known_words | words
+    elif words:
+        new_words = novelty(words, state.known_words)
     rates, measures = dict(state.rates), dict(state.measures)
     for name, value in seen.items():
         rates[name] = _rate(rates.get(name, Rate()), name, int(value > 0), trace.id, now, policy, ready=ready)
     numbers = {
-        "topic": far,
+        "topic": new_words,
         "prompt_words": float(len(trace.prompt.split())) if trace.prompt else None,
         "words": trace.signals.get("words"),
         "log_probability": trace.mean_log_probability,
     }
     for name, number in numbers.items():
         if heard and number is not None:
-            measures[name] = _measure(measures[name], name, number, trace.id, now, ready=ready)
+            known = name != "topic" or state.answers >= policy.reference + policy.reference // NORMAL_NOVELTY
+            measures[name] = _measure(measures[name], name, number, trace.id, now, ready=ready and known)
     return _judge(state.model_copy(update={**changes, "rates": rates, "measures": measures}), now, policy)
 
 
