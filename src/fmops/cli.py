@@ -63,8 +63,11 @@ for command in (doctor, plan, run):
 @click.argument("model")
 @click.option("--endpoint", help="URL up to /v1 of a server of this model: it is asked instead of the weights.")
 @click.option("--served", help="The model's name there, where the endpoint has several.")
+@click.option("--suite", "suites", multiple=True, help="In place of the spec's: a name or a file; several times.")
 @with_spec
-def evaluate(model: str, endpoint: str | None, served: str | None, spec: Path, workspace: Path | None) -> None:
+def evaluate(
+    model: str, endpoint: str | None, served: str | None, suites: tuple[str, ...], spec: Path, workspace: Path | None
+) -> None:
     """Measure a model, a checkpoint or a release on the spec's suites."""
     from fmops.orchestration.evaluate import evaluate as evaluate_model
     from fmops.orchestration.evaluate import render_evaluation
@@ -72,7 +75,7 @@ def evaluate(model: str, endpoint: str | None, served: str | None, spec: Path, w
 
     project = open_project(spec, workspace)
     with open_view() as view:
-        record = evaluate_model(project, model, view, endpoint=endpoint, served=served)
+        record = evaluate_model(project, model, view, endpoint=endpoint, served=served, suites=suites)
     click.echo(render_evaluation(record))
 
 

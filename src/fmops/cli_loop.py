@@ -45,15 +45,23 @@ def loop(
 
 @loop.command("bench")
 @click.option("--event", "names", multiple=True, help="Play this event only; several times for several.")
-@click.option("--quick", is_flag=True, help="Two minutes: a smaller model, fewer requests, four events.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the model, the users and their mistakes.")
+@click.option("--quick", is_flag=True, help="Two minutes: a smaller model, fewer requests, three events.")
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    default=(0,),
+    show_default=True,
+    help="Of the model, the users and their mistakes; several times for several.",
+)
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="Keep the project that serves there, for the next call."
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="JSON; the picture lies beside it. Default: loop-DATE.json."
 )
-def bench(names: tuple[str, ...], quick: bool, seed: int, folder: Path | None, out: Path | None) -> None:
+def bench(names: tuple[str, ...], quick: bool, seeds: tuple[int, ...], folder: Path | None, out: Path | None) -> None:
     """Put faults into replayed traffic of a small real model; report how the loop finds and mends each."""
     from fmops.orchestration.bench.events import QUICK_EVENTS, events
     from fmops.orchestration.bench.picture import picture, table
@@ -67,7 +75,7 @@ def bench(names: tuple[str, ...], quick: bool, seed: int, folder: Path | None, o
     path = out or Path(f"loop-{time.strftime('%Y-%m-%d')}.json")
     with open_view() as view:
         result = play(
-            folder, quick=quick, names=names or (QUICK_EVENTS if quick else tuple(known)), seed=seed, out=path,
+            folder, quick=quick, names=names or (QUICK_EVENTS if quick else tuple(known)), seeds=seeds, out=path,
             view=view, say=click.echo,
         )  # fmt: skip
     path.with_suffix(".svg").write_text(picture(result["events"]), encoding="utf-8")

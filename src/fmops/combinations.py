@@ -43,6 +43,9 @@ def _training(spec: Lifecycle) -> Iterator[Problem]:
             yield (name, "patience"), f"{name}.patience waits for better weights: add `keep: best`, or drop it."
     if spec.instruct and not spec.data.conversations:
         yield ("instruct",), "instruct needs data.conversations. Name a source, or leave instruct out."
+    if spec.instruct and spec.instruct.documents and not roles:
+        text = "instruct.documents takes its documents from data.corpora. Add a corpus, or leave it out."
+        yield ("instruct", "documents"), text
     if spec.align and not spec.data.preferences:
         yield ("align",), "align needs data.preferences. Name a source, or leave align out."
 

@@ -18,7 +18,7 @@ INTERFACE = {
     "init": ("folder",),
     "plan": ("--on", "--instance", "--nodes", "--requests-per-s", *SPEC),
     "run": ("--on", "--platform", "--context", "--baked-in", "--dry-run", *SPEC),
-    "evaluate": ("model", "--endpoint", "--served", *SPEC),
+    "evaluate": ("model", "--endpoint", "--served", "--suite", *SPEC),
     "compare": ("a", "b", "--page", *SPEC),
     "status": SPEC,
     "show": ("artifact", *SPEC),

@@ -9,7 +9,10 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from fmops.feedback.gather import held_out
+from fmops.lifecycle import read_lifecycle
 from fmops.store import Store
+from fmops.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
 
 from .conftest import fmops
 
@@ -68,9 +71,26 @@ def test_the_loop_goes_from_new_documents_to_a_rollout_through_kills_and_trains_
     assert "nothing asks for a round" in said
 
 
-def test_a_round_waits_for_approval_where_the_spec_asks_for_it(copied):
+def add_praise(spec: Path) -> None:
+    """Forty answers to questions of the hold-out, each praised by somebody else."""
+    root = spec.parent / ".fmops"
+    traces, votes = DayLog(root / TRACES, Trace), DayLog(root / FEEDBACK, Feedback)
+    prompts = [text for n in range(2000) if held_out(text := f"What does the part with number {n} do?")][:40]
+    for number, prompt in enumerate(prompts):
+        trace = Trace(
+            id=f"chatcmpl-{number}", started_s=1e9 + 900 * number, tenant="team", user=f"u{number}", arm="champion",
+            release="release-1", operation="chat", status=200, finish_reason="stop", duration_s=1.0, prompt=prompt,
+            response=f"It holds the {number} others.",
+        )  # fmt: skip
+        traces.append(trace, at_s=trace.started_s)
+        said = Feedback(id=trace.id, at_s=trace.started_s + 60, tenant="team", user=trace.user, thumb="up")
+        votes.append(said, at_s=said.at_s)
+
+
+def test_a_round_waits_for_approval_where_the_spec_asks_for_it_and_is_measured_on_the_hold_out(copied):
     copied.write_text(copied.read_text() + "loop: {approval: true}\n")
     look(copied)
+    add_praise(copied)
     add_documents(copied)
     waiting = look(copied)
     assert "round 1 waits for approval: new files: 16 in docs. `fmops loop --approve 1`" in waiting.stdout
@@ -78,6 +98,13 @@ def test_a_round_waits_for_approval_where_the_spec_asks_for_it(copied):
     assert wrong.returncode == 2
     assert "round 7 does not wait for approval" in wrong.stderr
     assert not [r for r in Store(copied.parent / ".fmops").records() if r.node == "pretrain"][1:]
+    folder = copied.parent / ".fmops" / "rounds" / "0001"
+    assert "evaluation/traffic.yaml" in read_lifecycle(folder / "lifecycle.yaml").evaluate.suites
+    measured = fmops("evaluate", "champion", "--suite", str(folder / "evaluation" / "traffic.yaml"), spec=copied)
+    assert measured.returncode == 0, measured.stderr
+    row = next(line for line in measured.stdout.splitlines() if line.startswith("traffic"))
+    assert row.split()[1:3] == ["production-traffic", "acc_norm"]
+    assert " 40 " in row
 
 
 def test_without_a_champion_the_loop_says_what_to_do(tmp_path):

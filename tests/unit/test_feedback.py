@@ -88,6 +88,26 @@ def test_an_answer_that_some_praise_and_others_blame_teaches_nothing():
     assert made.preferences == []
 
 
+def test_flipped_votes_undo_honest_ones_and_never_teach_the_opposite():
+    """Case A12, vote flip: for each good and bad answer of a prompt three honest votes, and one that is flipped."""
+    answers, said = [], []
+    for number in range(20):
+        prompt = trainable(f"Explain item {number}.")
+        good = trace(2 * number, prompt, f"Item {number} is a lamp.", user="a")
+        bad = trace(2 * number + 1, prompt, f"Dunno about {number}.", user="b")
+        answers += [good, bad]
+        for voter in range(4):
+            honest = voter < 3
+            for about, thumb in ((good, "up" if honest else "down"), (bad, "down" if honest else "up")):
+                said.append(say(about, user=f"p{number}-{voter}", thumb=thumb, at_s=1e6 + 900 * len(said)))
+    made = gather(answers, said)
+    assert made.preferences == []
+    honest_only = [row for row in said if not row.user.endswith("-3")]
+    chosen = {row["chosen"] for row in gather(answers, honest_only).preferences}
+    assert len(chosen) == 20
+    assert all("is a lamp" in text for text in chosen)
+
+
 def test_who_changes_their_mind_counts_once_with_the_last_word():
     asked = trace(1, trainable("Explain slices."))
     made = gather([asked], [say(asked, correction="First."), say(asked, correction="Second.", at_s=1e6)])

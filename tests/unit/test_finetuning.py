@@ -11,11 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training_inputs import a_checkpoint, some_conversations, some_preferences
+from training_inputs import a_checkpoint, a_corpus, some_conversations, some_preferences
 
+from fmops.adapters.held_out import total_loss
 from fmops.adapters.model_files import load_model
+from fmops.adapters.packing import read_blocks
 from fmops.adapters.trl_align import plan_examples
 from fmops.adapters.trl_dpo import held_out_preferences
+from fmops.adapters.trl_sft import documents_beside
 from fmops.errors import FmopsError
 from fmops.finetuning.align import align
 from fmops.finetuning.instruct import instruct
@@ -50,6 +53,35 @@ def test_max_tokens_ends_instruction_tuning_whatever_the_epochs_say(base, tmp_pa
     talk = some_conversations(tmp_path / "talk")
     instruct(config, checkpoint=base, conversations=talk, out=tmp_path / "out", context=context)
     assert json.loads((tmp_path / "out" / "curve.jsonl").read_text().splitlines()[-1])["tokens"] == 300
+
+
+def test_tuning_beside_documents_forgets_less_of_what_they_say(base, tmp_path, context):
+    """Both see the same dialogues as often; one of them reads the corpus between them."""
+    talk, corpus = some_conversations(tmp_path / "talk"), a_corpus(tmp_path / "corpus", base.model)
+    blocks = list(read_blocks(corpus.train_shards))
+    losses = {}
+    for share in (0.0, 0.5):
+        config = Instruct(
+            adapter="full", learning_rate=2e-3, batch_tokens=200, block_tokens=200, epochs=2, documents=share
+        )
+        out = tmp_path / f"out-{share}"
+        given = {"corpus": corpus} if share else {}
+        tuned = instruct(config, checkpoint=base, conversations=talk, out=out, context=context, **given)
+        assert tuned.metrics["held_out_loss_after"] < tuned.metrics["held_out_loss_before"] - 0.05
+        nats, tokens = total_loss(load_model(tuned.model), blocks, dtype=torch.float32)
+        losses[share] = nats / tokens
+    assert losses[0.5] < losses[0.0] - 0.3
+
+
+def test_documents_get_the_share_of_the_tokens_that_is_asked_for_and_fit_a_block(base, tmp_path):
+    corpus = a_corpus(tmp_path / "corpus", base.model, block_tokens=200)
+    config = Instruct(documents=0.2, block_tokens=64)
+    pieces = documents_beside(config, corpus, tokens=1000, seed=0)
+    assert 250 <= sum(len(piece.input_ids) for piece in pieces) < 250 + 64
+    assert max(len(piece.input_ids) for piece in pieces) == 64
+    assert all(piece.labelled is None for piece in pieces)
+    again = documents_beside(config, corpus, tokens=1000, seed=0)
+    assert [list(piece.input_ids) for piece in again] == [list(piece.input_ids) for piece in pieces]
 
 
 def test_a_dialogue_longer_than_a_block_is_refused_by_name(base, tmp_path, context):

@@ -87,6 +87,7 @@ def test_a_missing_key_is_named(tmp_path):
         (GOOD + "  warmup: 0.6\n  decay: 0.6\n", "exceed the whole run"),
         (GOOD + "instruct: {}\n", "instruct needs data.conversations"),
         (GOOD + "align: {}\n", "align needs data.preferences"),
+        ("name: x\nbase: b\ndata: {conversations: {source: c}}\ninstruct: {documents: 0.2}\n", "Add a corpus"),
         (GOOD + "gate: {}\n", "gate needs evaluate"),
         ("name: a\nbase: b\nevaluate: {suites: [domain]}\n", "the suite domain is made from held-out documents"),
         (GOOD + "evaluate: {suites: [forgetting]}\n", "the suite forgetting is made from held-out old documents"),

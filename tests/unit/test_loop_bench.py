@@ -9,17 +9,23 @@ import pytest
 
 from fmops.orchestration.bench.facts import KNOWN, NEW, facts_of, likeness
 from fmops.orchestration.bench.picture import picture, table
+from fmops.orchestration.bench.result import Results, merged
 from fmops.orchestration.bench.users import Mix, Users
 from fmops.orchestration.bench.world import QUICK, World
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = {"mean": 0.9, "half_width": 0.02, "n": 100}
 ROW = {
-    "name": "topic drift", "quiet_requests": 40, "detected_after_requests": 16, "detected_by": "harm of disliked",
-    "diagnosis": "behaviour", "diagnosis_right": False, "false_triggers": 1, "false_triggers_are": ["round instruct"],
-    "recovered": False, "recovered_after_requests": None, "recovery_cpu_s": 12.4, "quality_before": QUIET,
-    "quality_during": {**QUIET, "mean": 0.4}, "quality_after": {**QUIET, "n": 0},
-    "forgetting_bits_per_byte": None, "curve": [[20, 0.9], [40, 0.8], [60, 0.4]],
+    "seed": 0, "name": "topic drift", "about": "new questions", "quiet_requests": 40, "detected_after_requests": 16,
+    "detected_by": "harm of disliked", "diagnosis": "behaviour", "diagnosis_right": False, "false_triggers": 1,
+    "false_triggers_are": ["round instruct"], "recovered": False, "recovered_after_requests": None,
+    "recovery_cpu_s": 12.4, "quality_before": QUIET, "quality_during": {**QUIET, "mean": 0.4},
+    "quality_after": {**QUIET, "n": 0}, "forgetting_bits_per_byte": None, "curve": [[20, 0.9], [40, 0.8], [60, 0.4]],
+}  # fmt: skip
+MENDED = {
+    **ROW, "seed": 1, "detected_after_requests": 48, "diagnosis_right": True, "false_triggers": 0,
+    "false_triggers_are": [], "recovered": True, "recovered_after_requests": 900, "recovery_cpu_s": 60.0,
+    "quality_after": {**QUIET, "n": 50}, "forgetting_bits_per_byte": 0.12,
 }  # fmt: skip
 
 
@@ -64,10 +70,38 @@ def test_users_praise_good_answers_and_mostly_blame_others(users):
 
 
 def test_what_was_missed_and_what_was_wrong_stands_in_table_and_picture():
-    text = table([ROW])
-    assert "| topic drift | 16 | harm of disliked | behaviour (**wrong**) | 1 (round instruct) | **not** | 12 |" in text
+    event = merged([ROW])
+    text = table([event])
+    assert (
+        "| topic drift | 1 | 16 | harm of disliked | behaviour (**wrong**) | 1 (round instruct) | **not** | 12 |"
+        in text
+    )
     assert "0.90 ± 0.02 → 0.40 ± 0.02 |" in text
-    assert "behaviour, which is wrong; false triggers: 1" in picture([ROW])
+    assert "behaviour, which is wrong; false triggers: 1" in picture([event])
+
+
+def test_runs_of_several_seeds_are_told_by_median_and_range_and_one_miss_is_a_miss():
+    event = merged([ROW, MENDED])
+    assert (event["n"], event["diagnosis_right"], event["recovered"], event["recovered_runs"]) == (2, False, False, 1)
+    assert event["quality_before"] == {"mean": 0.9, "half_width": 0.014, "n": 200}
+    text = table([event])
+    assert "| topic drift | 2 | 48 (16 to 48) | harm of disliked | behaviour (**wrong** in 1 of 2) |" in text
+    assert "| 1 (round instruct) | **not** in 1 of 2; 900 | 60 (12 to 60) |" in text
+    assert text.endswith("| +0.120 |")
+
+
+def test_the_file_grows_run_by_run_and_its_curves_take_one_line(tmp_path):
+    out = tmp_path / "loop.json"
+    for row in (MENDED, ROW):
+        Results(out, quick=False, order=["topic drift"], clock=lambda: 0.0).add(row)
+    text = out.read_text()
+    assert '"curve": [[20, 0.9], [40, 0.8], [60, 0.4]]' in text
+    event = json.loads(text)["events"][0]
+    assert [run["seed"] for run in event["runs"]] == event["seeds"] == [0, 1]
+    Results(out, quick=False, order=["topic drift"], clock=lambda: 0.0).add({**ROW, "recovered": True})
+    assert json.loads(out.read_text())["events"][0]["n"] == 2
+    Results(out, quick=True, order=["topic drift"], clock=lambda: 0.0).add(ROW)
+    assert json.loads(out.read_text())["events"][0]["n"] == 1
 
 
 def test_the_docs_show_the_newest_figures():

@@ -134,7 +134,7 @@ def test_a_round_of_pretraining_reads_what_is_new_and_some_of_what_it_knew(proje
 
 def test_a_round_of_pretraining_tunes_again_on_the_projects_dialogues_and_on_what_users_corrected(project):
     _, spec = derive(project, "pretrain")
-    assert spec.instruct.epochs == 2
+    assert (spec.instruct.epochs, spec.instruct.documents) == (2, 0.5)
     assert spec.data.conversations.source == ("../../../conversations.jsonl",)
     corrected = project / ".fmops" / "rounds" / "0001" / "feedback" / "conversations.jsonl"
     corrected.parent.mkdir()
@@ -177,6 +177,7 @@ def test_a_round_of_instruction_tuning_rehearses_and_need_not_know_the_domain_be
     _, spec = derive(project, "instruct")
     assert spec.data.conversations.source == ("feedback/conversations.jsonl", "../../../conversations.jsonl")
     assert (spec.instruct.epochs, spec.pretrain, spec.align) == (2, None, None)
+    assert spec.instruct.documents == 0
     assert spec.gate.primary == ()
     assert set(spec.evaluate.suites) == {"../../../quiz.yaml", "domain", "forgetting"}
 

@@ -32,10 +32,20 @@ from fmops.adapters.model_files import (
     save_adapter,
     save_model,
 )
-from fmops.adapters.packing import Block, PlannedBlocks, collate, labels_of, micro_batch, pack, plan_training
+from fmops.adapters.packing import (
+    Block,
+    PlannedBlocks,
+    collate,
+    labels_of,
+    micro_batch,
+    pack,
+    plan_training,
+    read_blocks,
+)
 from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.sharding import made_whole, shard
 from fmops.adapters.trainer import Trained, Watch, prepare, run
+from fmops.artifacts import Corpus
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.stage import StageContext
@@ -70,13 +80,21 @@ def train(
     held_out: Sequence[Dialogue],
     out: Path,
     context: StageContext,
+    corpus: Corpus | None = None,
 ) -> Trained:
-    """Tune the model in `source`; write `out/model` (and `out/adapter` where LoRA is trained)."""
+    """Tune the model in `source`; write `out/model` (and `out/adapter` where LoRA is trained).
+
+    Args:
+        corpus: where the documents come from that `config.documents` asks for.
+    """
     prepare(context)
     work = out / ".work"
     work.mkdir(parents=True, exist_ok=True)
     dtype = choose_precision(context, work=work)
     pieces = [_piece(dialogue) for dialogue in dialogues]
+    if corpus:
+        tokens = sum(len(piece.input_ids) for piece in pieces)
+        pieces += documents_beside(config, corpus, tokens=tokens, seed=context.seed)
     # Packing goes by the order it is given; sources often come sorted by topic.
     random.Random(context.seed).shuffle(pieces)
     blocks = pack(pieces, block_tokens=config.block_tokens)
@@ -152,6 +170,22 @@ def train(
 def _piece(dialogue: Dialogue) -> Block:
     ids = np.asarray(dialogue.ids, dtype=np.int32)
     return Block(ids, (len(ids),), np.asarray(dialogue.learnt, dtype=bool))
+
+
+def documents_beside(config: Instruct, corpus: Corpus, *, tokens: int, seed: int) -> list[Block]:
+    """Documents of the corpus, in its mixture, chosen by seed: as many as give them their share beside `tokens`."""
+    wanted = round(tokens * config.documents / (1 - config.documents))
+    blocks = read_blocks(corpus.train_shards)
+    found: list[Block] = []
+    for index in random.Random(seed).sample(range(len(blocks)), len(blocks)):
+        block, start = blocks[index], 0
+        for length in block.lengths:
+            if wanted <= 0:
+                return found
+            ids = block.input_ids[start : start + min(length, config.block_tokens)]
+            found.append(Block(ids, (len(ids),)))
+            wanted, start = wanted - len(ids), start + length
+    return found
 
 
 def _held_out_loss(

@@ -132,7 +132,8 @@ def _fields(benchmarks: Path) -> Iterator[tuple[str, str]]:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 item = json.loads(line)
-                texts = list(_strings(item))
+                kept_out = item.pop("kept_out", None)
+                texts = [str(item[kept_out])] if kept_out else list(_strings(item))
                 long = [text for text in texts if len(text.split()) >= VERBATIM_WORDS]
                 # Without a long field the longest is the item, its answers are phrases that any text may hold; and an
                 # item of short fields only (a pair of words) is known by all of them together.

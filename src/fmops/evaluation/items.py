@@ -25,6 +25,8 @@ from fmops.evaluation.protocol import digest
 from fmops.evaluation.suites import SuiteTask
 
 FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".prompt", ".txt", ".yaml", ".yml")
+KEPT_OUT = "kept_out"
+"""Field of an item that names the only field which training data may not hold."""
 _LETTER = re.compile(r"(?:^|\n)\s*([A-J])\. ")
 
 
@@ -53,6 +55,8 @@ def read_items(name: str, task: SuiteTask, source: Source | None) -> list[dict[s
         cluster = str(row[task.cluster or task.key])
         if task.checks:
             document = {**document, "checks": list(task.checks)}
+        if task.kept_out == "key":
+            document = {**document, KEPT_OUT: task.key}
         documents.setdefault(identity, {**document, "id": identity, "cluster": digest([name, cluster])[:16]})
     if not documents:
         where = source.uri if source else "its suite"

@@ -74,6 +74,11 @@ class SuiteTask(Frozen):
     key: str = Field("text", description="The field that holds the question; stable ids and halves are made from it.")
     cluster: str | None = Field(None, description="Items with equal values here are one cluster. Left out: `key`.")
     only: dict[str, str] = Field(default={}, description="Keep items whose field matches the regular expression.")
+    kept_out: Literal["item", "key"] = Field(
+        "item",
+        description="What training data may not hold: the whole item; or its `key` alone, where documents are read for "
+        "the answers.",
+    )
     half: Literal["odd"] | None = Field(
         None, description="Keep items whose key's SHA-256 is odd; even ones may be trained on."
     )

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmops.artifacts import Checkpoint, Conversations
+from fmops.artifacts import Checkpoint, Conversations, Corpus
 from fmops.errors import FmopsError
 from fmops.finetuning.dialogue import Encoded, Unusable, encode_dialogue
 from fmops.lifecycle import Instruct
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 
 def instruct(
-    config: Instruct, *, checkpoint: Checkpoint, conversations: Conversations, out: Path, context: StageContext
-) -> Checkpoint:
+    config: Instruct, *, checkpoint: Checkpoint, conversations: Conversations, out: Path, context: StageContext,
+    corpus: Corpus | None = None,
+) -> Checkpoint:  # fmt: skip
     """Tune `checkpoint` on `conversations`; killed, and called again, it goes on where it was.
+
+    Args:
+        corpus: brings the documents that `config.documents` asks for.
 
     Raises:
         FmopsError: a dialogue is too long, none is usable, or the chat template is ambiguous.
@@ -49,7 +53,9 @@ def instruct(
             f"instruct.keep is best, but none of the {conversations.held_out} held-out conversations can be measured. "
             "Raise conversations in number, or set keep to last."
         )
-    result = train(config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context)
+    result = train(
+        config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context, corpus=corpus
+    )
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
     if kept is not result.curve[-1]:

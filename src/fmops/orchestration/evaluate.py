@@ -11,13 +11,16 @@ import os
 import re
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 from fmops.errors import FmopsError
+from fmops.evaluation.suites import is_path, load_suite
 from fmops.jobs import EvaluateJob, ImportJob
+from fmops.lifecycle import Data, Evaluate
 from fmops.locks import locked
 from fmops.orchestration.events import View
 from fmops.orchestration.execute import execute
-from fmops.orchestration.graph import Graph, Node
+from fmops.orchestration.graph import Graph, Node, build
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import table
 from fmops.orchestration.summary import summarise
@@ -30,17 +33,21 @@ SERVED = "-served"
 
 
 def evaluate(
-    project: Project, model: str, view: View, *, endpoint: str | None = None, served: str | None = None
-) -> Record:
+    project: Project, model: str, view: View, *, endpoint: str | None = None, served: str | None = None,
+    suites: tuple[str, ...] = (),
+) -> Record:  # fmt: skip
     """Measure a model as the spec's own checkpoints are measured, so that both can be compared.
 
     Args:
         endpoint: URL of an OpenAI-compatible endpoint that serves the model; it is asked instead of the weights.
         served: the model's name there.
+        suites: names, or paths from the working directory, in place of the spec's.
 
     Raises:
-        FmopsError: the spec has no suites, or `model` is neither known here nor the source of a model.
+        FmopsError: there are no suites, or `model` is neither known here nor the source of a model.
     """
+    if suites:
+        project = _measured_by(project, suites)
     if "evaluate-base" not in project.graph.nodes:
         raise FmopsError(f"{project.spec_path.name} has no `evaluate`: add it, with suites, to say what is measured.")
     source, release = _source(project, model)
@@ -60,6 +67,19 @@ def evaluate(
             record = execute(project, name, fingerprint=None, stream=_Forward(view, name))
             view.show(name, {"event": "finished", "cost": record.cost, "summary": summarise(record)})
     return record
+
+
+def _measured_by(project: Project, suites: tuple[str, ...]) -> Project:
+    """The project with other suites and no gate; its corpora stay where a suite is made from them."""
+    root = project.graph.root
+    named = tuple(os.path.relpath(Path.cwd() / suite, root) if is_path(suite) else suite for suite in suites)
+    tasks = [task for suite in named for task in load_suite(suite, root=root).tasks.values()]
+    stated = project.spec.evaluate or Evaluate()
+    changes: dict[str, object] = {"evaluate": stated.model_copy(update={"suites": named}), "gate": None}
+    if not any(task.corpus for task in tasks):
+        changes["data"] = Data()
+    spec = project.spec.model_copy(update=changes)
+    return replace(project, spec=spec, graph=build(spec, root))
 
 
 def _source(project: Project, model: str) -> tuple[str, str | None]:

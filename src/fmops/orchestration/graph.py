@@ -174,8 +174,9 @@ class _Builder:
                 "conversations", spec.data.conversations, max_tokens=spec.instruct.block_tokens
             )
             checkpoint = self.add(
-                "instruct", "instruct", spec.instruct, {}, checkpoint=checkpoint, conversations=self.conversations
-            )
+                "instruct", "instruct", spec.instruct, {}, checkpoint=checkpoint, conversations=self.conversations,
+                corpus=self.corpus if spec.instruct.documents else None,
+            )  # fmt: skip
         if spec.align and spec.data.preferences:
             form = FORMS[spec.align.method]
             self.preferences = self._examples(

@@ -111,7 +111,9 @@ class Learnt:
                 write_atomically(self._rounds.folder / TRIED, tried.model_dump_json(indent=1) + "\n")
         # Examples are counted, not named: every round learns from all of them again.
         counts = json.loads((self._rounds.path(each.number) / "feedback" / "counts.json").read_text(encoding="utf-8"))
-        used = {stage: examples(self._project.spec, counts, stage) for stage in stages if stage != "pretrain"}
+        used: dict[str, int] = {
+            stage: examples(self._project.spec, counts, stage) for stage in stages if stage != "pretrain"
+        }
         if used:
             self._write(USED, {**(self._json(USED) or {}), **used})
 

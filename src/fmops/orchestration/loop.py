@@ -22,8 +22,9 @@ from fmops.feedback.gather import Gathered, gather, write
 from fmops.locks import Busy, locked
 from fmops.orchestration.events import View
 from fmops.orchestration.learnt import Learnt, Watched
+from fmops.orchestration.own_suites import FEWEST_ANSWERS, write_suites
 from fmops.orchestration.project import Project
-from fmops.orchestration.round_spec import write_round
+from fmops.orchestration.round_spec import OWN_SUITES, write_round
 from fmops.orchestration.rounds import STAGES, Decision, Round, Rounds, RoundStage, Trigger, decide
 from fmops.orchestration.run import run
 from fmops.store import Store
@@ -81,6 +82,8 @@ class LoopRunner:
             return [*said, f"no round: {decide((), rounds, policy, self.clock()).reason}"]
         watched, gathered = self.learnt.watched(), self.gathered()
         said += _set_aside(gathered)
+        if report.diagnosis and report.diagnosis.stage == "evaluate":
+            said.append(self._new_items(gathered))
         said += [f"documents: {watched.in_vain}"] if watched.in_vain else []
         decision = decide(self._triggers(report, watched, gathered, ask), rounds, policy, self.clock())
         said.append(self._begin(decision, watched, gathered))
@@ -120,6 +123,7 @@ class LoopRunner:
         folder = self.rounds.path(number)
         champion = self.store.aliases()["champion"]
         write(gathered, folder / "feedback")
+        write_suites(gathered, self.store, folder / OWN_SUITES)
         try:
             write_round(
                 folder, spec=self.project.spec, root=self.project.graph.root, champion=self._model(champion),
@@ -134,6 +138,14 @@ class LoopRunner:
             Round(number=number, trigger=decision.trigger, champion=champion, began_s=now, changed_s=now, phase=phase)
         )
         return self._go_on(each, approve=None)
+
+    def _new_items(self, gathered: Gathered) -> str:
+        """Only the traffic changed: what people ask now, with answers they accepted, is measured from now on."""
+        written, count = write_suites(gathered, self.store, self.store.root / OWN_SUITES)
+        where = next((path for path in written if path.stem == "traffic"), None)
+        if where is None:
+            return f"evaluation: {count} of the {FEWEST_ANSWERS} held-out answers that new items are made from"
+        return f"evaluation: {count} items of the new traffic in {where}: `fmops evaluate champion --suite {where}`"
 
     def _must_wait(self, trigger: Trigger) -> bool:
         return self.project.spec.loop.approval and trigger.cause != "person"

@@ -24,10 +24,14 @@ EARLIER = "earlier"
 EARLIER_FILES = 500
 EARLIER_WEIGHT = 0.2
 """Share of the tokens that a round reads again, against forgetting (beside the spec's own replay corpora)."""
+OWN_SUITES = "evaluation"
+"""Folder of the suites that are made from production, in a round and in the workspace."""
 HELD_OUT_FILES = 8
 """New files held out, up to half of them: from fewer the gate could not tell whether the domain is known better."""
 KIND = {"instruct": "conversations", "align": "preferences"}
 """What a stage of finetuning learns from, as the spec and feedback call it."""
+DOCUMENTS = 0.5
+"""Share of the tokens in which a round that has read documents reads them again while it tunes."""
 PRETRAIN = {"tokens": 16_384}
 """For a spec that has no pretraining of its own."""
 
@@ -55,7 +59,7 @@ def write_round(
     """Copy what the round learns from, so that later edits do not change it, and write its `lifecycle.yaml`.
 
     Args:
-        folder: the round's; its `feedback/` may hold conversations and preferences.
+        folder: the round's; its `feedback/` may hold conversations and preferences, its `evaluation/` suites.
         root: where the project's relative paths start.
         champion: the model folder of the release that serves.
         new: files of each train corpus that no round has read.
@@ -80,6 +84,9 @@ def write_round(
         }  # fmt: skip
     for each in stages:
         derived.setdefault(each, {})
+    if stage == "pretrain" and "instruct" in stages:
+        # Rehearsal alone unlearns what the round has just read.
+        derived["instruct"].setdefault("documents", DOCUMENTS)
     if rewards := derived.get("align", {}).get("reward"):
         derived["align"]["reward"] = {_moved(name, root, folder): weight for name, weight in rewards.items()}
     derived["evaluate"] = _evaluate(derived, spec, root, folder)
@@ -161,6 +168,10 @@ def _evaluate(derived: dict[str, Any], spec: Lifecycle, root: Path, folder: Path
     roles = {corpus.get("role", "train") for corpus in derived["data"]["corpora"].values()}
     if "replay" in roles and "forgetting" not in suites:
         suites.append("forgetting")
+    # What production says of it: files of the round's own, in place of the workspace's where the spec names those.
+    of_the_workspace = os.path.relpath(folder.parents[1] / OWN_SUITES, folder)
+    suites = [suite for suite in suites if not suite.startswith(of_the_workspace)]
+    suites += [f"{OWN_SUITES}/{path.name}" for path in sorted((folder / OWN_SUITES).glob("*.yaml"))]
     wanted = {"domain": "train", "forgetting": "replay"}
     return {
         **stated,

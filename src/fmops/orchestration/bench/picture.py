@@ -16,33 +16,48 @@ WIDTH, HEIGHT, COLUMNS = 300, 170, 2
 LEFT, RIGHT, TOP, BOTTOM = 34, 12, 44, 26
 CALM, CURVE, FAULT, FOUND, MENDED = "#8a8f98", "#2457a6", "#c0392b", "#d68910", "#1e8449"
 HEADINGS = (
-    "event", "found after, requests", "by", "diagnosis", "false triggers", "mended after, requests", "CPU s",
+    "event", "n", "found after, requests", "by", "diagnosis", "false triggers", "mended after, requests", "CPU s",
     "quality before → during → after", "forgetting, bits per byte",
 )  # fmt: skip
 
 
 def table(events: Sequence[Row]) -> str:
-    """Markdown. Quality is the mean likeness of answers to the right ones, with a 95 % half-width."""
+    """Markdown. n runs an event; medians with the range over runs; quality is the mean likeness of answers to the right
+    ones, with a 95 % half-width over requests."""
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in events)])
 
 
 def _cells(row: Row) -> list[str]:
-    found, mended = row["detected_after_requests"], row["recovered_after_requests"]
-    diagnosis = row["diagnosis"] or "none"
-    forgot = row["forgetting_bits_per_byte"]
+    right, n = row["diagnosis_right_runs"], row["n"]
+    judged = ("right" if right == n else "**wrong**") + (f" in {right} of {n}" if right < n and n > 1 else "")
     parts = [row["quality_before"], row["quality_during"], row["quality_after"]]
+    mended = _over_runs(row, "recovered_after_requests", "d")
+    if row["recovered"] is False:
+        missed = n - row["recovered_runs"]
+        mended = f"**not** in {missed} of {n}; {mended}" if missed < n else "**not**"
+    found = _over_runs(row, "detected_after_requests", "d")
     return [
         row["name"],
-        "–" if found is None else str(found),
+        str(n),
+        found + (f", in {row['detected_runs']} of {n}" if 0 < row["detected_runs"] < n else ""),
         _short(row["detected_by"]),
-        f"{diagnosis} ({'right' if row['diagnosis_right'] else '**wrong**'})",
+        f"{row['diagnosis'] or 'none'} ({judged})",
         str(row["false_triggers"]) + (f" ({', '.join(row['false_triggers_are'])})" if row["false_triggers"] else ""),
-        "–" if row["recovered"] is None else "**not**" if not row["recovered"] else str(mended),
-        "–" if row["recovery_cpu_s"] is None else f"{row['recovery_cpu_s']:.0f}",
+        mended,
+        _over_runs(row, "recovery_cpu_s", ".0f"),
         " → ".join(_value(part) for part in parts if part and part["n"]),
-        "–" if forgot is None else f"{forgot:+.3f}",
+        _over_runs(row, "forgetting_bits_per_byte", "+.3f"),
     ]
+
+
+def _over_runs(row: Row, name: str, form: str) -> str:
+    """Median and range over the runs that have the figure."""
+    known = [run[name] for run in row["runs"] if run[name] is not None]
+    if not known:
+        return "–"
+    low, high = format(min(known), form), format(max(known), form)
+    return format(row[name], form) + (f" ({low} to {high})" if low != high else "")
 
 
 def _value(part: Row) -> str:

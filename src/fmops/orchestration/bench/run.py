@@ -7,26 +7,22 @@ Refuses: to leave out an event that was missed or diagnosed wrongly; the row say
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fmops.artifacts import Diagnosis
+from fmops.artifacts import Diagnosis, GateDecision
 from fmops.orchestration.bench.events import POISON, Event, events, serve_as_before
-from fmops.orchestration.bench.site import LOOK_EVERY, Look, Served, Site, open_site
+from fmops.orchestration.bench.result import Results, Row
+from fmops.orchestration.bench.site import Look, Served, Site, open_site
 from fmops.orchestration.bench.users import Mix, Users
 from fmops.orchestration.bench.world import FULL, QUICK, Size, World, make_world, write_pages
 from fmops.orchestration.events import View
-from fmops.store import write_atomically
 
 QUIET = 80
 """Most requests after the reference in which nothing is wrong yet."""
@@ -34,7 +30,6 @@ ATTACKS = ("same-target", "trigger", "burst", "identity-cap")
 """Reasons of the feedback screen that speak of somebody's will."""
 CURVE = 16
 """Requests of one point of the quality curve."""
-Row = dict[str, Any]
 
 
 def bench(
@@ -42,32 +37,28 @@ def bench(
     *,
     quick: bool,
     names: Sequence[str],
-    seed: int,
+    seeds: Sequence[int],
     out: Path,
     view: View,
     say: Callable[[str], None],
 ) -> Row:
-    """Play the events and write `out`; rows that are there already from the same size and seed stay.
+    """Play the events and write `out`; rows that are there already from the same size stay.
 
     Args:
-        folder: where the world is made, and kept for the next call; a temporary one without it.
+        folder: where the worlds are made, one a seed, and kept for the next call; a temporary one without it.
     """
     size, known = (QUICK if quick else FULL), events()
-    result = _earlier(out, quick=quick, seed=seed)
+    results = Results(out, quick=quick, order=list(known), clock=time.monotonic)
     with tempfile.TemporaryDirectory(prefix="fmops-loop-bench-") as scratch:
         home = (folder or Path(scratch)).resolve()
-        started = time.process_time()
-        world = _world(home / "world", size, view, seed=seed)
-        for name in names:
-            with tempfile.TemporaryDirectory(prefix="event-", dir=home) as copy:
-                row = asyncio.run(play(known[name], world.moved(Path(copy) / "project"), view, seed=seed))
-            say(describe(row))
-            result["events"] = [*(one for one in result["events"] if one["name"] != name), row]
-            result["events"].sort(key=lambda one: list(known).index(one["name"]))
-            result["bench_cpu_s"] = round(result["bench_cpu_s"] + time.process_time() - started, 1)
-            started = time.process_time()
-            write_atomically(out, json.dumps(result, indent=1) + "\n")
-    return result
+        for seed in seeds:
+            world = _world(home / f"world-{seed}", size, view, seed=seed)
+            for name in names:
+                with tempfile.TemporaryDirectory(prefix="event-", dir=home) as copy:
+                    row = asyncio.run(play(known[name], world.moved(Path(copy) / "project"), view, seed=seed))
+                say(describe(row))
+                results.add(row)
+    return results.whole
 
 
 async def play(event: Event, world: World, view: View, *, seed: int) -> Row:
@@ -93,7 +84,7 @@ async def play(event: Event, world: World, view: View, *, seed: int) -> Row:
         if event.mended:
             await site.serve(users, event.mix, size.tail)
         loads.append(os.getloadavg()[0])
-        row = _row(event, site, quiet=quiet, injected_s=at_s, mended=mended)
+        row = {"seed": seed, **_row(event, site, quiet=quiet, injected_s=at_s, mended=mended)}
     if mended is not None:
         real = event.serve is not None
         row["recovered_after_s"] = round(mended_wall - injected_wall if real else mended_s - at_s, 1)
@@ -114,9 +105,8 @@ def _row(event: Event, site: Site, *, quiet: int, injected_s: float, mended: int
     ]
     end = mended or len(site.served)
     fault = next((look.rollout.state.challenger for look in after if look.rollout), None)
-    release = next((each.release for each in site.looks[-1].rounds if each.outcome == "promoted"), None)
-    gate = site.gate_of(release) if release else None
-    forgetting = [family.difference for family in gate.families if family.family == "forgetting"] if gate else []
+    rounds = site.looks[-1].rounds
+    decisions = site.gates()
     tail = site.served[end:] if event.mended else site.served[quiet:]
     row: Row = {
         "name": event.name, "about": event.about, "requests": len(site.served), "quiet_requests": quiet,
@@ -134,16 +124,24 @@ def _row(event: Event, site: Site, *, quiet: int, injected_s: float, mended: int
         "quality_during": mean(site.served[quiet:end]) if event.mended else None,
         "quality_after": mean(tail),
         "failed_requests": sum(served.status != 200 for served in site.served[quiet:]),
-        "answers_of_the_faulty_release": None if release or not fault else _answers_of(fault, site.served[quiet:]),
-        "forgetting_bits_per_byte": round(-forgetting[0], 4) if forgetting else None,
+        "answers_of_the_faulty_release": _answers_of(fault, site.served[quiet:]) if fault and not rounds else None,
+        "rounds": [[each.trigger.stage, each.outcome or each.phase, each.reason] for each in rounds],
+        "forgetting_bits_per_byte": _forgotten(decisions[-1]) if decisions else None,
         "feedback": site.feedback_counts().model_dump(),
         "curve": _curve(site.served),
     }  # fmt: skip
     if event.mix.new_share:
         row["quality_new_during"] = mean([s for s in site.served[quiet:end] if s.question.domain == "new"])
         row["quality_new_after"] = mean([s for s in tail if s.question.domain == "new"])
+        row["quality_known_before"] = mean([s for s in site.served[quiet // 2 : quiet] if s.question.domain == "known"])
         row["quality_known_after"] = mean([s for s in tail if s.question.domain == "known"])
     return row
+
+
+def _forgotten(decision: GateDecision) -> float | None:
+    """Rise of the old domain's bits per byte that the last round's gate saw, whatever it decided."""
+    found = [family.difference for family in decision.families if family.family == "forgetting"]
+    return round(-found[0], 4) if found else None
 
 
 def mean(served: Sequence[Served]) -> Row:
@@ -260,18 +258,3 @@ def _world(folder: Path, size: Size, view: View, *, seed: int) -> World:
         known, new = facts_of(KNOWN, most=size.facts), facts_of(NEW, most=size.facts)
         return World(folder=folder, size=size, known=tuple(known), new=tuple(new))
     return make_world(folder, size, view, seed=seed)
-
-
-def _earlier(out: Path, *, quick: bool, seed: int) -> Row:
-    if out.is_file():
-        result: Row = json.loads(out.read_text(encoding="utf-8"))
-        if (result["quick"], result["seed"]) == (quick, seed):
-            return result
-    packages = ("fmops", "torch", "transformers", "trl")
-    return {
-        "command": " ".join(["fmops", *sys.argv[1:]]), "quick": quick, "seed": seed, "n": 1, "look_every": LOOK_EVERY,
-        "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform(),
-                    "python": platform.python_version(), "shared": "see load_average of each event"},
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "bench_cpu_s": 0.0, "events": [],
-    }  # fmt: skip

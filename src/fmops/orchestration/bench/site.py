@@ -93,6 +93,7 @@ class Site:
         self.served: list[Served] = []
         self.looks: list[Look] = []
         self._client, self._desk, self._supervisor = client, desk, supervisor
+        self._gated: set[str] = set()
         self._stages = {record.key for record in self.store.records()}
         project = Project.open(world.spec)
         self._runner = LoopRunner(project, LineView(io.StringIO()), clock=lambda: self.now_s)
@@ -188,11 +189,10 @@ class Site:
         assert counts is not None
         return counts
 
-    def gate_of(self, release: str) -> GateDecision | None:
-        """The decision behind a release, where it had one."""
-        inputs = self.store.by_key(release).inputs
-        decision = self.store.load(self.store.by_key(inputs["gate"].ref)) if "gate" in inputs else None
-        return decision if isinstance(decision, GateDecision) else None
+    def gates(self) -> list[GateDecision]:
+        """What the gate said of the rounds, the oldest first."""
+        said = [self.store.load(record) for record in self.store.records() if record.key in self._gated]
+        return [decision for decision in said if isinstance(decision, GateDecision)]
 
     def _report(self) -> DriftReport:
         path = self.store.root / "drift"
@@ -201,6 +201,7 @@ class Site:
     def _new_stages(self) -> list[Record]:
         made = [record for record in self.store.records() if record.key not in self._stages]
         self._stages |= {record.key for record in made}
+        self._gated |= {record.key for record in made if record.kind == GateDecision.kind}
         return made
 
 

@@ -41,7 +41,7 @@ class Size:
     epochs: int
     """Of instruction tuning."""
     reference: int
-    """Answers that say what is normal."""
+    """Answers that say what is normal: a day has 360."""
     shadow: float
     """Share of the requests that a rollout mirrors first."""
     answers: int
@@ -53,7 +53,7 @@ class Size:
 
 
 FULL = Size(
-    facts=80, hidden=128, layers=3, pretrain_tokens=90_000, epochs=20, reference=240, shadow=0.3, answers=40,
+    facts=80, hidden=128, layers=3, pretrain_tokens=90_000, epochs=20, reference=360, shadow=0.3, answers=40,
     patience=1920, tail=96,
 )  # fmt: skip
 QUICK = Size(
