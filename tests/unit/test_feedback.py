@@ -226,4 +226,6 @@ def test_what_is_written_is_read_by_the_stages_and_is_the_same_each_time(tmp_pat
         out = tmp_path / name
         out.mkdir()
         made = prepare(ExampleJob(), source=source, base=base, out=out, context=context)
+        rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+        assert all(row["of"].startswith("chatcmpl-") for row in rows)
         assert made.held_out + getattr(made, "conversations" if name == "conversations" else "pairs") == 12

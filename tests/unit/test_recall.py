@@ -57,6 +57,14 @@ def test_an_example_of_instruction_tuning_leaves_pretraining_alone(store):
     assert "pretrain" not in nodes
 
 
+def test_the_answer_that_somebody_corrected_leads_to_what_learnt_the_correction(store):
+    row = {"id": "conversations.jsonl:1", "source": "conversations.jsonl", "of": "chatcmpl-9", "messages": []}
+    add_rows(store, "conversations", "train.jsonl", row)
+    found = recall(store, "chatcmpl-9")
+    assert [match.document for match in found.matches] == ["conversations.jsonl:1"]
+    assert "instruct" in {record.node for record in found.affected}
+
+
 def test_an_artifact_is_recalled_with_what_stands_on_it(store):
     record = store.by_key("instruct")
     found = recall(store, record.key)

@@ -106,7 +106,7 @@ def keep_examples(
         (out / "train.jsonl").open("w", encoding="utf-8") as train,
         (out / "held_out.jsonl").open("w", encoding="utf-8") as held_out,
     ):
-        for place, example, redactions in _fit(config, source, read=read, forms=forms, ledger=kept.ledger):
+        for place, own, example, redactions in _fit(config, source, read=read, forms=forms, ledger=kept.ledger):
             key = content_key([word for text in example.texts for word in (*comparable_words(text), "\0")])
             if key in seen:
                 kept.ledger.add("exact-duplicate", f"{place}: {opening(example.asked)}")
@@ -118,7 +118,7 @@ def keep_examples(
                 kept.ledger.add("contaminated", f"{place} ({held[0].partition('/')[0]}): {opening(example.asked)}")
                 continue
             kept.redactions.update(redactions)
-            row = {"id": place, "source": source_name(place), **example.row}
+            row = {"id": place, "source": source_name(place), **({"of": own} if own else {}), **example.row}
             # The question decides the side, so that no question is on both.
             chosen = kept.held_out < HELD_OUT_EXAMPLES and _lot(example.asked, context.seed) < config.held_out
             (held_out if chosen else train).write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
@@ -148,7 +148,8 @@ def _fit(
     read: Read,
     forms: str,
     ledger: Ledger,
-) -> Iterator[tuple[str, Example, Counter[str]]]:
+) -> Iterator[tuple[str, str, Example, Counter[str]]]:
+    """Place, the row's own id (of feedback: the answer's; "" without one), example, redactions."""
     for place, fields in _rows(source, ledger):
         redactions: Counter[str] = Counter()
 
@@ -160,7 +161,7 @@ def _fit(
             return text.strip()
 
         try:
-            yield place, read(fields, clean), redactions
+            yield place, str(fields.get("id") or ""), read(fields, clean), redactions
         except Unfit as reason:
             ledger.add(str(reason), f"{place}: {opening(json.dumps(fields, ensure_ascii=False))}")
         except UnknownForm:

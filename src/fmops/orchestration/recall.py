@@ -52,7 +52,8 @@ def recall(store: Store, what: str) -> Recall:
     """Find what was built on a document or on an artifact.
 
     Args:
-        what: a document's id, the end of its path, its digest or its source; or an artifact's key, or an alias.
+        what: a document's id, the end of its path, its digest or its source; the answer whose feedback was trained on;
+            or an artifact's key, or an alias.
 
     Raises:
         FmopsError: neither a document nor an artifact is called so.
@@ -113,7 +114,7 @@ def _documents(store: Store, what: str, records: list[Record]) -> Iterator[Match
         for name in LISTS.get(record.kind, ()):
             for row in _rows(store.files(record) / name):
                 name_of, source = str(row["id"]), str(row["source"])
-                if what in (name_of, row.get("sha256"), source) or name_of.endswith(f"/{what}"):
+                if what in (name_of, row.get("sha256"), row.get("of"), source) or name_of.endswith(f"/{what}"):
                     yield Match(name_of, source, record)
 
 

@@ -48,7 +48,7 @@ LOOK_EVERY = 16
 BEGINNING_S = 1_700_006_400.0
 """A midnight."""
 ANSWER_TOKENS = 40
-START_S = 120.0
+START_S = 600.0
 """Longest wait for an engine."""
 
 

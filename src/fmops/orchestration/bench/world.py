@@ -125,9 +125,9 @@ def lifecycle(size: Size, *, seed: int) -> dict[str, Any]:
         "rollout": {"steps": [0.2, 0.5], "shadow": size.shadow, "answers": size.answers, "silence_minutes": 600,
                     "deadline_hours": 240,
                     "margins": dict.fromkeys(("failed", "empty", "truncated", "repeated", "refused"), 0.1)},
-        # Whoever shares the machine makes answers slow.
+        # Time on the clock is the machine's and not the benchmark's: whoever shares it makes answers slow.
         "monitor": {"reference": size.reference, "observations_per_false_alarm": 20_000,
-                    "tolerances": {"slow": 0.3, "disliked": 0.02}},
+                    "tolerances": {"slow": 0.9, "disliked": 0.02}},
         # New files alone begin nothing here: it is the alarm that must.
         "loop": {"new_files": 100_000, "new_examples": 40, "cool_down_hours": 6},
         "runtime": {"threads": 1, "precision": "float32"},
