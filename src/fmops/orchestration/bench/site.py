@@ -47,7 +47,8 @@ LOOK_EVERY = 16
 """Requests between two looks of the loop: about an hour."""
 BEGINNING_S = 1_700_006_400.0
 """A midnight."""
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 64
+"""The longest right answer takes 51 in the small tokenizer."""
 START_S = 600.0
 """Longest wait for an engine."""
 
