@@ -25,7 +25,7 @@ ROW = {
 MENDED = {
     **ROW, "seed": 1, "detected_after_requests": 48, "diagnosis_right": True, "false_triggers": 0,
     "false_triggers_are": [], "recovered": True, "recovered_after_requests": 900, "recovery_cpu_s": 60.0,
-    "quality_after": {**QUIET, "n": 50}, "forgetting_bits_per_byte": 0.12,
+    "quality_after": {**QUIET, "n": 50}, "forgetting_bits_per_byte": 0.12, "recovery_wall_s": 70.5,
 }  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def test_what_was_missed_and_what_was_wrong_stands_in_table_and_picture():
 def test_runs_of_several_seeds_are_told_by_median_and_range_and_one_miss_is_a_miss():
     event = merged([ROW, MENDED])
     assert (event["n"], event["diagnosis_right"], event["recovered"], event["recovered_runs"]) == (2, False, False, 1)
+    assert event["recovery_wall_s"] == 70.5
     assert event["quality_before"] == {"mean": 0.9, "half_width": 0.014, "n": 200}
     text = table([event])
     assert "| topic drift | 2 | 48 (16 to 48) | harm of disliked | behaviour (**wrong** in 1 of 2) |" in text

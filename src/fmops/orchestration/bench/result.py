@@ -40,8 +40,10 @@ def merged(rows: Sequence[Row]) -> Row:
     The texts and the curve are those of the first seed.
     """
     whole = {key: value for key, value in rows[0].items() if key not in ("seed", "load_average")}
-    whole |= {name: _median([row[name] for row in rows]) for name in MEDIANS if name in whole}
-    whole |= {name: pooled([row[name] for row in rows]) for name in QUALITIES if name in whole}
+    # What only some runs came to, such as the time of a recovery, stands in theirs alone.
+    told = {name for row in rows for name in row}
+    whole |= {name: _median([row.get(name) for row in rows]) for name in MEDIANS if name in told}
+    whole |= {name: pooled([row.get(name) for row in rows]) for name in QUALITIES if name in told}
     return whole | {
         "n": len(rows), "seeds": [row["seed"] for row in rows],
         "detected_runs": sum(row["detected_after_requests"] is not None for row in rows),
