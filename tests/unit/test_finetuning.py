@@ -84,6 +84,14 @@ def test_documents_get_the_share_of_the_tokens_that_is_asked_for_and_fit_a_block
     assert [list(piece.input_ids) for piece in again] == [list(piece.input_ids) for piece in pieces]
 
 
+def test_a_model_that_reads_pictures_is_tuned_without_documents(base, tmp_path, context, monkeypatch):
+    monkeypatch.setattr("fmops.finetuning.instruct.reads_pictures", lambda model: True)
+    talk, corpus = some_conversations(tmp_path / "talk"), a_corpus(tmp_path / "corpus", base.model)
+    given = {"checkpoint": base, "conversations": talk, "corpus": corpus, "out": tmp_path / "out", "context": context}
+    with pytest.raises(FmopsError, match="a model that reads pictures learns from dialogues alone"):
+        instruct(Instruct(documents=0.5), **given)
+
+
 def test_a_dialogue_longer_than_a_block_is_refused_by_name(base, tmp_path, context):
     talk = some_conversations(tmp_path / "talk")
     config = Instruct(block_tokens=64)

@@ -36,10 +36,8 @@ def instruct(
     """
     from fmops.adapters.model_files import load_tokenizer
 
-    if reads_pictures(checkpoint.model):
-        from fmops.adapters.seeing_sft import train
-    else:
-        from fmops.adapters.trl_sft import train
+    if corpus and reads_pictures(checkpoint.model):
+        raise FmopsError("instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out.")
     tokenizer = load_tokenizer(checkpoint.model)
     train_set = read_dialogues(conversations.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
     held_out = read_dialogues(conversations.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
@@ -53,9 +51,23 @@ def instruct(
             f"instruct.keep is best, but none of the {conversations.held_out} held-out conversations can be measured. "
             "Raise conversations in number, or set keep to last."
         )
-    result = train(
-        config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context, corpus=corpus
-    )
+    if reads_pictures(checkpoint.model):
+        from fmops.adapters import seeing_sft
+
+        if corpus:
+            raise FmopsError(
+                "instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out."
+            )
+        result = seeing_sft.train(
+            config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context
+        )
+    else:
+        from fmops.adapters import trl_sft
+
+        result = trl_sft.train(
+            config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context,
+            corpus=corpus,
+        )  # fmt: skip
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
     if kept is not result.curve[-1]:
