@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 from gateway_process import HELLO, asking, gateway, until
 
+from fmops.deployment.rollout.evidence import signals_of
 from fmops.deployment.serving.gateway.desk import Limits
 from fmops.deployment.serving.routes import Routes, Target
 
@@ -443,7 +444,9 @@ def test_an_engine_that_stays_full_is_waited_for_no_longer_than_allowed(tmp_path
         assert 'fmops_requests_refused_total{reason="overloaded"} 1.0' in httpx.get(f"{door.admin}/metrics").text
         engine.release_all()
         assert [answer.result().status_code for answer in inside] == [200, 200]
-        # Nothing of it is the engine's fault: no failure, and the line is empty again.
+        # Nothing of it is the engine's fault: no failure, no evidence of harm, and the line is empty again.
+        [turned_away] = [trace for trace in door.traces(4) if trace.status == 429]
+        assert (turned_away.finish_reason, signals_of(turned_away)) == (None, {})
         assert door.desk.engines.waiting == 0
         assert door.client.post(CHAT, json=HELLO).status_code == 200
 

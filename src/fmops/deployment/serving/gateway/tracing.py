@@ -62,7 +62,9 @@ class Exchange:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             answer = Answer()
             self.error = self.error or f"the engine's answer cannot be read: {error!r}"
-        finish = "cancelled" if self.cancelled else "error" if self.error else answer.finish_reason
+        # Who was turned away for want of a place got no answer: that is no failure of the release.
+        broken = self.error and self.status != 429
+        finish = "cancelled" if self.cancelled else "error" if broken else answer.finish_reason
         prompt, (response, found) = kept(self.prompt), _redacted(answer.text)
         signals = {}
         if self.status == 200 and not self.cancelled:
