@@ -128,10 +128,7 @@ class Instruct(Frozen):
     learning_rate: Rate | None = Field(None, description="Peak rate. Left out: 2e-4 for LoRA, 2e-5 for full.")
     epochs: float = Field(1.0, gt=0)
     documents: float = Field(
-        0.0,
-        ge=0,
-        le=0.9,
-        description="Share of the tokens that are documents of the corpora, so that what pretraining taught stays.",
+        0.0, ge=0, le=0.9, description="Share of documents in the tokens, so that what pretraining taught stays."
     )
     max_tokens: int | None = Field(None, ge=1, description="Stop after so many tokens, whatever the epochs say.")
     batch_tokens: int = Field(2048, ge=64, description="Tokens an optimizer step sees.")
