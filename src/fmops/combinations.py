@@ -14,7 +14,7 @@ from fmops.lifecycle import FAMILIES, Lifecycle
 
 def impossible(spec: Lifecycle) -> list[SpecMistake]:
     """Combinations that could not run, each with its remedy."""
-    found = [*_training(spec), *_judging(spec), *_weights(spec)]
+    found = [*_training(spec), *_outside(spec), *_judging(spec), *_weights(spec)]
     return [SpecMistake(at, text) for at, text in found]
 
 
@@ -48,6 +48,23 @@ def _training(spec: Lifecycle) -> Iterator[Problem]:
         yield ("instruct", "documents"), text
     if spec.align and not spec.data.preferences:
         yield ("align",), "align needs data.preferences. Name a source, or leave align out."
+
+
+def _outside(spec: Lifecycle) -> Iterator[Problem]:
+    """Settings that need a hand on each step, which frameworks with a loop of their own do not give."""
+    pretrain, instruct = spec.pretrain, spec.instruct
+    if pretrain and pretrain.framework == "torchtitan":
+        asked = {
+            ("pretrain", "tuning"): pretrain.tuning == "lora" and "tuning lora",
+            ("pretrain", "keep"): pretrain.keep == "best" and "keep best",
+            ("pretrain", "on_ceiling"): pretrain.on_ceiling == "adjust" and "on_ceiling adjust",
+            ("runtime", "launcher"): spec.runtime.launcher == "ray" and "runtime.launcher ray",
+        }
+        for at, name in asked.items():
+            if name:
+                yield at, f"pretrain.framework torchtitan has no {name}. Drop it, or set framework to transformers."
+    if instruct and instruct.framework == "llama-factory" and instruct.keep == "best":
+        yield ("instruct", "keep"), "instruct.framework llama-factory has no keep best. Drop it, or set it to trl."
 
 
 def _judging(spec: Lifecycle) -> Iterator[Problem]:

@@ -94,7 +94,9 @@ class Curate(Frozen):
 class Pretrain(Frozen):
     """Continued pretraining."""
 
-    framework: Literal["transformers"] = "transformers"
+    framework: Literal["transformers", "torchtitan"] = Field(
+        "transformers", description="`torchtitan` is for large models, and lives in an environment of its own."
+    )
     tokens: int = Field(ge=1, description="Tokens to train on; the one dial. Steps follow from it.")
     tuning: Tuning = Field("full", description="`full` moves every weight; `lora` an adapter, merged at the end.")
     learning_rate: Rate = Field(1e-4, description="Peak rate; warms up, stays, decays. The next round re-warms it.")
@@ -117,11 +119,18 @@ class Pretrain(Frozen):
     )
     checkpoints: int = Field(4, ge=1, description="How often a resume state is written, spread evenly.")
 
+    @property
+    def starts_its_processes(self) -> bool:
+        """Whether the framework makes its own ranks, so that the stage runs once."""
+        return self.framework == "torchtitan"
+
 
 class Instruct(Frozen):
     """Instruction tuning: loss on the assistant's tokens only."""
 
-    framework: Literal["trl"] = "trl"
+    framework: Literal["trl", "llama-factory"] = Field(
+        "trl", description="`llama-factory` lives in an environment of its own."
+    )
     method: Literal["sft"] = "sft"
     adapter: Tuning = Field("lora", description="`lora` trains an adapter and merges it; `full` moves every weight.")
     rank: int = Field(16, ge=1, description="LoRA rank; scale is twice the rank.")
@@ -141,6 +150,11 @@ class Instruct(Frozen):
         None, ge=1, description="With keep best: measurements in a row without a better one that end training."
     )
     checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
+
+    @property
+    def starts_its_processes(self) -> bool:
+        """Whether the framework makes its own ranks, so that the stage runs once."""
+        return self.framework == "llama-factory"
 
 
 class Align(Frozen):

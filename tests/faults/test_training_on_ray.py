@@ -24,13 +24,13 @@ def test_a_worker_that_is_killed_leaves_no_trace_in_the_result(tiny_model: Path,
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "model").symlink_to(tiny_model)
     many_together([("pretrain", "ddp", tmp_path / "torchrun")], tmp_path / "inputs")
-    # Each time that the workers start it is killed at its third step, until they have fewer to go.
-    monkeypatch.setenv("FMOPS_FAULT", "step:3:SIGKILL:1")
+    # Once: the workers that are started again have fewer steps to go.
+    monkeypatch.setenv("FMOPS_FAULT", "step:5:SIGKILL:1")
     context = a_context("ddp", launcher="ray")
     with two_nodes():
         together("pretrain", tmp_path / "inputs", tmp_path / "ray", context)
     said = [event["text"] for event in map(json.loads, context.stream.getvalue().splitlines()) if "text" in event]
-    assert said == ["going on from checkpoint 2", "going on from checkpoint 4", "going on from checkpoint 5"]
+    assert said == ["going on from checkpoint 4"]
     assert digests(tmp_path / "ray") == digests(tmp_path / "torchrun")
 
 

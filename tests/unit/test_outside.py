@@ -18,9 +18,10 @@ from fmops.adapters.openai_endpoint import OpenAIEndpoint
 from fmops.artifacts import Benchmarks, Checkpoint
 from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
-from fmops.evaluation.outside import Order, OutsideFailed, executable, run_outside
+from fmops.evaluation.outside import Order, OutsideFailed, run_outside
 from fmops.evaluation.protocol import pin, read_lines, write_json
 from fmops.evaluation.suites import Suite, SuiteTask
+from fmops.frameworks import executable
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 

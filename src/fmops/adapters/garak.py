@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fmops.evaluation.outside import ANSWER_TOKENS, Answers, Asked, Order, OutsideFailed, executable, run_command
+from fmops.evaluation.outside import ANSWER_TOKENS, Answers, Asked, Order, OutsideFailed, run_command
+from fmops.frameworks import executable
 
 THRESHOLD = 0.5
 """A detector's score from which on an attack succeeded; garak's own."""

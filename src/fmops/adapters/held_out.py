@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from fmops.adapters.model_files import evaluating
+from fmops.adapters.model_files import evaluating, load_tokenizer
 from fmops.adapters.packing import IGNORED, Block, collate, pack
+from fmops.artifacts import Corpus
 
 DOMAIN_TOKENS = 2048
 """Held-out tokens scored a domain and measurement: a few seconds on a laptop, since they are scored many times."""
+DIALOGUE_TOKENS = 4096
+"""Held-out dialogues scored before and after, in tokens."""
 DOCUMENT_TOKENS = 256
 """Tokens scored of one document, so that several documents are heard."""
+
+
+class Dialogue(Protocol):
+    """Token ids, and which of them are learnt."""
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+    @property
+    def learnt(self) -> tuple[bool, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,51 @@ def read_held_out(path: Path, tokenizer: Any, *, block_tokens: int) -> HeldOutTe
         predicted_bytes += len(text[offsets[1][0] : offsets[size - 1][1]].encode())
         left -= size
     return HeldOutText(tuple(pack(pieces, block_tokens=block_tokens)), predicted_bytes) if pieces else None
+
+
+def held_out_losses(corpus: Corpus, source: Path, *, dtype: torch.dtype) -> Callable[[Any], dict[str, float]]:
+    """Measures bits per byte on the new and, where the corpus knows one, on the old domain."""
+    tokenizer = load_tokenizer(source)
+    domains = {
+        name: read_held_out(
+            corpus.path / "held_out" / f"{name}.jsonl", tokenizer, block_tokens=max(2, corpus.block_tokens)
+        )
+        for name in ("new", "old")
+    }
+    texts = {name: text for name, text in domains.items() if text is not None}
+
+    def measure(model: Any) -> dict[str, float]:
+        return {f"{name}_bits_per_byte": text.bits_per_byte(model, dtype=dtype) for name, text in texts.items()}
+
+    return measure
+
+
+def piece_of(dialogue: Dialogue) -> Block:
+    """A dialogue as a piece to pack."""
+    ids = np.asarray(dialogue.ids, dtype=np.int32)
+    return Block(ids, (len(ids),), np.asarray(dialogue.learnt, dtype=bool))
+
+
+def held_out_loss(
+    dialogues: Sequence[Dialogue], *, block_tokens: int, dtype: torch.dtype
+) -> Callable[[Any], dict[str, float]]:
+    """Measures nats a learnt token on the first held-out dialogues."""
+    pieces: list[Block] = []
+    tokens = 0
+    for dialogue in dialogues:
+        tokens += len(dialogue.ids)
+        if pieces and tokens > DIALOGUE_TOKENS:
+            break
+        pieces.append(piece_of(dialogue))
+    blocks = pack(pieces, block_tokens=block_tokens)
+
+    def measure(model: Any) -> dict[str, float]:
+        if not blocks:
+            return {}
+        nats, counted = total_loss(model, blocks, dtype=dtype)
+        return {"held_out_loss": nats / max(1, counted)}
+
+    return measure
 
 
 def total_loss(model: Any, blocks: Sequence[Block], *, dtype: torch.dtype) -> tuple[float, int]:

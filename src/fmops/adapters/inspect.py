@@ -13,7 +13,8 @@ import json
 import shutil
 from typing import Any
 
-from fmops.evaluation.outside import ANSWER_TOKENS, Answers, Asked, Order, OutsideFailed, executable, run_command
+from fmops.evaluation.outside import ANSWER_TOKENS, Answers, Asked, Order, OutsideFailed, run_command
+from fmops.frameworks import executable
 
 VALUES = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 """Inspect's letters: correct, partial, incorrect, no answer."""

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fmops.adapters import ranks
 from fmops.environment import machine_notes
-from fmops.errors import FmopsError, unknown
+from fmops.errors import FmopsError, StageFailed, unknown
 from fmops.pictures import reads_pictures
 from fmops.stage import StageContext
 from fmops.store import write_atomically
@@ -78,6 +79,23 @@ def save_model(model: Any, out: Path, *, source: Path) -> None:
         if path.name != "config.json" and path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
     forget_paths(out / "config.json")
+
+
+def take_weights(model: Any, folder: Path, *, of: str) -> None:
+    """Put the weights in `folder`, in safetensors, into `model`.
+
+    Raises:
+        StageFailed: a parameter is not among them, or they hold something else; `of` says whose they are.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    named = {"lacks": sorted(set(missing) - tied), "also holds": sorted(unexpected)}
+    wrong = [f"{what} {', '.join(names[:3])}" for what, names in named.items() if names]
+    if wrong:
+        raise StageFailed(f"{of}'s checkpoint {' and '.join(wrong)}. It is no checkpoint of this model.")
 
 
 def save_adapter(model: Any, out: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from fmops.errors import FmopsError
 
 REPORTS = "reports.jsonl"
 POLL_S = 0.2
+ANSWER_S = 30.0
+"""A cluster that is being made takes its time."""
 PASSED_ON = ("FMOPS_FAULT", "HF_HUB_OFFLINE")
 """Variables of this process that workers on other nodes need, too."""
 
@@ -86,10 +89,11 @@ def _connected(variables: dict[str, str]) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS", "auto")
     try:
+        _require_answer(address)
         ray.init(
             address=address, runtime_env={"env_vars": variables}, log_to_driver=False, logging_level=logging.WARNING
         )
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise FmopsError(
             f"no Ray cluster at RAY_ADDRESS {address!r}: {str(error).splitlines()[0]}. Start one (`ray start --head`), "
             "or set runtime.launcher to torchrun."
@@ -98,6 +102,13 @@ def _connected(variables: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError where nothing listens: Ray itself (2.60) would try for many minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
 
 
 @contextmanager

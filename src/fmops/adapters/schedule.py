@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+RATES = {"lora": 2e-4, "full": 2e-5}
+"""Peak rates of instruction tuning, where the spec names none."""
 FLOOR = 0.1
 """Share of the peak rate at which a run ends, so that the next round can warm up from a model that still moves."""
 

@@ -6,25 +6,21 @@ Refuses: what `trainer` refuses: steps that are not finite, resume states that a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import Trainer, TrainingArguments
 
 from fmops.adapters import ranks
 from fmops.adapters.ceiling import halve_the_rate
 from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.guarded import Guarded
-from fmops.adapters.held_out import read_held_out
+from fmops.adapters.held_out import held_out_losses
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import (
     add_lora,
     choose_precision,
     flop_per_token,
     load_model,
-    load_tokenizer,
     peak_flop_per_s,
     save_adapter,
     save_model,
@@ -80,7 +76,7 @@ def train(
     watch = Watch(
         plan=plan,
         context=context,
-        evaluate=_held_out_losses(corpus, source, dtype=dtype),
+        evaluate=held_out_losses(corpus, source, dtype=dtype),
         evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         keep=keep,
@@ -123,20 +119,3 @@ def train(
         stopped=watch.stopped,
         kept_step=watch.kept_step,
     )
-
-
-def _held_out_losses(corpus: Corpus, source: Path, *, dtype: torch.dtype) -> Callable[[Any], dict[str, float]]:
-    """Measures bits per byte on the new and, where the corpus knows one, on the old domain."""
-    tokenizer = load_tokenizer(source)
-    domains = {
-        name: read_held_out(
-            corpus.path / "held_out" / f"{name}.jsonl", tokenizer, block_tokens=max(2, corpus.block_tokens)
-        )
-        for name in ("new", "old")
-    }
-    texts = {name: text for name, text in domains.items() if text is not None}
-
-    def measure(model: Any) -> dict[str, float]:
-        return {f"{name}_bits_per_byte": text.bits_per_byte(model, dtype=dtype) for name, text in texts.items()}
-
-    return measure

@@ -7,12 +7,10 @@ Refuses: what `trainer` refuses: steps that are not finite, resume states that a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
@@ -20,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from fmops.adapters import ranks
 from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.guarded import Guarded
-from fmops.adapters.held_out import total_loss
+from fmops.adapters.held_out import Dialogue, held_out_loss, piece_of
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import (
     add_lora,
@@ -42,26 +40,13 @@ from fmops.adapters.packing import (
     plan_training,
     read_blocks,
 )
-from fmops.adapters.schedule import Schedule, arguments, evenly
+from fmops.adapters.schedule import RATES, Schedule, arguments, evenly
 from fmops.adapters.sharding import made_whole, shard
 from fmops.adapters.trainer import Trained, Watch, prepare, run
 from fmops.artifacts import Corpus
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.stage import StageContext
-
-HELD_OUT_TOKENS = 4096
-"""Held-out dialogues scored before and after, in tokens."""
-RATES = {"lora": 2e-4, "full": 2e-5}
-
-
-class Dialogue(Protocol):
-    """Token ids, and which of them are learnt."""
-
-    @property
-    def ids(self) -> tuple[int, ...]: ...
-    @property
-    def learnt(self) -> tuple[bool, ...]: ...
 
 
 class SftTrainer(Guarded, SFTTrainer):  # type: ignore[misc]
@@ -91,7 +76,7 @@ def train(
     work = out / ".work"
     work.mkdir(parents=True, exist_ok=True)
     dtype = choose_precision(context, work=work)
-    pieces = [_piece(dialogue) for dialogue in dialogues]
+    pieces = [piece_of(dialogue) for dialogue in dialogues]
     if corpus:
         tokens = sum(len(piece.input_ids) for piece in pieces)
         pieces += documents_beside(config, corpus, tokens=tokens, seed=context.seed)
@@ -117,7 +102,7 @@ def train(
     watch = Watch(
         plan=plan,
         context=context,
-        evaluate=_held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype),
+        evaluate=held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype),
         evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         best="held_out_loss" if config.keep == "best" else None,
@@ -167,11 +152,6 @@ def train(
     )
 
 
-def _piece(dialogue: Dialogue) -> Block:
-    ids = np.asarray(dialogue.ids, dtype=np.int32)
-    return Block(ids, (len(ids),), np.asarray(dialogue.learnt, dtype=bool))
-
-
 def documents_beside(config: Instruct, corpus: Corpus, *, tokens: int, seed: int) -> list[Block]:
     """Documents of the corpus, in its mixture, chosen by seed: as many as give them their share beside `tokens`."""
     wanted = round(tokens * config.documents / (1 - config.documents))
@@ -186,25 +166,3 @@ def documents_beside(config: Instruct, corpus: Corpus, *, tokens: int, seed: int
             found.append(Block(ids, (len(ids),)))
             wanted, start = wanted - len(ids), start + length
     return found
-
-
-def _held_out_loss(
-    dialogues: Sequence[Dialogue], *, block_tokens: int, dtype: torch.dtype
-) -> Callable[[Any], dict[str, float]]:
-    """Measures nats a learnt token on the first held-out dialogues."""
-    pieces: list[Block] = []
-    tokens = 0
-    for dialogue in dialogues:
-        tokens += len(dialogue.ids)
-        if pieces and tokens > HELD_OUT_TOKENS:
-            break
-        pieces.append(_piece(dialogue))
-    blocks = pack(pieces, block_tokens=block_tokens)
-
-    def measure(model: Any) -> dict[str, float]:
-        if not blocks:
-            return {}
-        nats, counted = total_loss(model, blocks, dtype=dtype)
-        return {"held_out_loss": nats / max(1, counted)}
-
-    return measure

@@ -17,10 +17,11 @@ from fmops.errors import FmopsError
 from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
-from fmops.evaluation.outside import executable, run_outside
+from fmops.evaluation.outside import run_outside
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.scoring import helpers, score
 from fmops.evaluation.statistics import clustered_mean
+from fmops.frameworks import executable
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fmops.errors import EXIT_FAILED, FmopsError
 from fmops.evaluation.items import most
 from fmops.evaluation.protocol import PinnedTask, digest
+from fmops.frameworks import last_words, own_environment
 
 if TYPE_CHECKING:
     from fmops.adapters.lm_eval_endpoint import EndpointLM
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 128
 """Most tokens of an answer."""
-INSTALLED = {"garak": "garak==0.17.1", "inspect": "inspect-ai==0.3.285 openai"}
-"""What was tried."""
 
 
 class OutsideFailed(FmopsError):
@@ -140,43 +136,19 @@ def _rows(task: PinnedTask, answers: Answers) -> list[dict[str, Any]]:
     return rows
 
 
-def executable(framework: str) -> str:
-    """The framework's command: `FMOPS_<NAME>`, or what the PATH finds.
-
-    Raises:
-        FmopsError: it is not here; says how to get it.
-    """
-    variable = f"FMOPS_{framework.upper()}"
-    stated = os.environ.get(variable)
-    beside = Path(sys.executable).with_name(framework)
-    found = shutil.which(stated or framework) or (str(beside) if not stated and beside.is_file() else None)
-    if found is None:
-        raise FmopsError(
-            f"{framework} is not here{f' ({variable}={stated})' if stated else ''}. Give it an environment of its own: "
-            f"`python -m venv {framework}-env && {framework}-env/bin/pip install {INSTALLED[framework]}`, then "
-            f"`export {variable}=$PWD/{framework}-env/bin/{framework}`."
-        )
-    return found
-
-
 def run_command(command: list[str], order: Order, environment: Mapping[str, str]) -> None:
     """Run a framework in its folder, with no home, cache or key of the user's; its output goes to `output.txt`.
 
     Raises:
         OutsideFailed: it ended with an error; shows the end of what it said.
     """
-    secret = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-    kept = {name: value for name, value in os.environ.items() if not secret.search(name)}
-    homes = {name: str(order.folder) for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     output = order.folder / "output.txt"
     with output.open("wb") as file:
         done = subprocess.run(
-            command, cwd=order.folder, env={**kept, **homes, **offline, **environment}, stdin=subprocess.DEVNULL,
+            command, cwd=order.folder, env=own_environment(order.folder, **environment), stdin=subprocess.DEVNULL,
             stdout=file, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
     if done.returncode:
-        said = re.sub(r"\x1b\[[0-9;]*m", "", output.read_text("utf-8", "replace")).strip().splitlines()[-3:]
         raise OutsideFailed(
-            f"task {order.task.task}: {order.task.framework} ended with code {done.returncode}: {' / '.join(said)}"
+            f"task {order.task.task}: {order.task.framework} ended with code {done.returncode}: {last_words(output)}"
         )

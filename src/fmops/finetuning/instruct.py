@@ -36,6 +36,11 @@ def instruct(
     """
     from fmops.adapters.model_files import load_tokenizer
 
+    if config.framework != "trl" and (corpus or reads_pictures(checkpoint.model)):
+        raise FmopsError(
+            f"instruct.framework {config.framework} is given dialogues of text alone: no pictures, no instruct.documents. "
+            "Set framework to trl."
+        )
     if corpus and reads_pictures(checkpoint.model):
         raise FmopsError("instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out.")
     tokenizer = load_tokenizer(checkpoint.model)
@@ -59,6 +64,12 @@ def instruct(
                 "instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out."
             )
         result = seeing_sft.train(
+            config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context
+        )
+    elif config.framework == "llama-factory":
+        from fmops.adapters import llamafactory_sft
+
+        result = llamafactory_sft.train(
             config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context
         )
     else:

@@ -119,7 +119,8 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
 def _run(step: Step, inputs: dict[str, Any], *, out: Path, context: StageContext) -> Artifact:
     """Call the stage function, here or in the processes that share it."""
     stage, config = step.node.stage, step.node.config
-    if stage.in_ranks and context.processes > 1:
+    alone = getattr(config, "starts_its_processes", False)
+    if stage.in_ranks and context.processes > 1 and not alone:
         return run_in_ranks(stage.function, config, inputs=inputs, out=out, context=context)
     return stage.load()(config, **inputs, out=out, context=context)
 

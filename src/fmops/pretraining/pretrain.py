@@ -27,7 +27,10 @@ def pretrain(
         FmopsError: the corpus has no blocks, or a ceiling is set and the corpus has no old domain.
         StageFailed: a loss is not finite, or a resume state cannot be written.
     """
-    from fmops.adapters.transformers_pretrain import train
+    if config.framework == "torchtitan":
+        from fmops.adapters.titan_pretrain import train
+    else:
+        from fmops.adapters.transformers_pretrain import train
 
     if not corpus.train_shards:
         raise FmopsError(
