@@ -64,7 +64,8 @@ def _outside(spec: Lifecycle) -> Iterator[Problem]:
             if name:
                 yield at, f"pretrain.framework torchtitan has no {name}. Drop it, or set framework to transformers."
     if instruct and instruct.framework == "llama-factory" and instruct.keep == "best":
-        yield ("instruct", "keep"), "instruct.framework llama-factory has no keep best. Drop it, or set it to trl."
+        text = "instruct.framework llama-factory has no keep best. Drop it, or set framework to trl."
+        yield ("instruct", "keep"), text
 
 
 def _judging(spec: Lifecycle) -> Iterator[Problem]:

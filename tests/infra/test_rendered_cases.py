@@ -22,7 +22,12 @@ NODES = {
     "inference-graph": {"m7i.large": 1},
 }
 PROFILES = {"vllm-kserve": "gpu", "vllm-inferentia": "neuron", "ray-serve": "gpu"}
-RENDERED = [*sorted(FOLDER.glob("*/rendered/*.yaml")), FOLDER / "inference-graph/graph.yaml"]
+NEURON = ROOT / "pretraining/neuron"
+RENDERED = [
+    *sorted(FOLDER.glob("*/rendered/*.yaml")),
+    FOLDER / "inference-graph/graph.yaml",
+    NEURON / "rendered/jobs.yaml",
+]
 
 
 @functools.cache
@@ -38,7 +43,7 @@ def holder(case):
     return next(each for each in read(FOLDER / case / "rendered/service.yaml") if each["kind"] == "Deployment")
 
 
-@pytest.mark.parametrize("path", RENDERED, ids=lambda path: str(path.relative_to(FOLDER)))
+@pytest.mark.parametrize("path", RENDERED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_case_shows_fits_its_schemas_and_keeps_the_rules(path):
     for manifest in read(path):
         assert schema_findings(manifest, crd_folder()) == []
@@ -59,6 +64,27 @@ def test_a_case_says_what_it_costs_an_hour(case):
 def test_the_platform_of_a_case_knows_what_the_real_one_knows(case):
     cluster = yaml.safe_load((FOLDER / case / "platform/cluster.yaml").read_text())["cluster"]
     assert cluster == cluster_values(PROFILES[case]) | {"reservations": cluster["reservations"]}
+
+
+def test_pretraining_on_trainium_asks_for_every_device_of_its_node():
+    cluster = yaml.safe_load((NEURON / "platform/cluster.yaml").read_text())["cluster"]
+    assert cluster == cluster_values("neuron") | {"reservations": []}
+    spec, *jobs = read(NEURON / "rendered/jobs.yaml")
+    assert spec["data"]["lifecycle.yaml"] == (NEURON / "lifecycle.yaml").read_text(encoding="utf-8")
+    pods = {
+        job["metadata"]["labels"]["fmops/stage"]: job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        for job in jobs
+    }
+    asked = {
+        name: pod["containers"][0]["resources"]["limits"].get("aws.amazon.com/neuron") for name, pod in pods.items()
+    }
+    assert (asked["pretrain"], asked["corpus"]) == ("16", None)
+    assert pods["pretrain"]["nodeSelector"] == {"node.kubernetes.io/instance-type": "trn1.32xlarge"}
+    text = (NEURON / "README.md").read_text(encoding="utf-8")
+    price = COSTS["prices"]["trn1.32xlarge"]
+    assert f"| {price:.2f} |" in text
+    assert f"| **together** | **{idle_usd_an_hour() + price:.2f}** |" in text
+    assert "never run on hardware" in text
 
 
 @pytest.mark.parametrize("case", ["vllm-kserve", "vllm-inferentia"])

@@ -65,7 +65,8 @@ def train(
     )
     if not plan.steps:
         raise FmopsError(f"epochs {config.epochs} of {sum(sizes)} tokens is less than one step. Raise instruct.epochs.")
-    rows = PlannedBlocks(pieces, plan)
+    planned = PlannedBlocks(pieces, plan)
+    rows = [planned[index] for index in range(len(planned))]
     write_tokens(rows, work / "tokens")
     settings = settings_of(config, plan=plan, sizes=sizes, source=source, work=work, context=context)
     path = work / "train.yaml"
@@ -94,7 +95,7 @@ def train(
     save_model(model, out / "model", source=source)
     return Trained(
         parameters=parameters,
-        trained_tokens=sum(int((labels_of(rows[index]) >= 0).sum()) for index in range(len(rows))),
+        trained_tokens=sum(int((labels_of(row) >= 0).sum()) for row in rows),
         curve=curve,
         stopped=False,
         kept_step=None,
@@ -107,11 +108,10 @@ def write_tokens(rows: Sequence[Block], out: Path) -> None:
 
     disable_progress_bars()
     shutil.rmtree(out, ignore_errors=True)
-    blocks = [rows[index] for index in range(len(rows))]
     columns = {
-        "input_ids": [block.input_ids.tolist() for block in blocks],
-        "attention_mask": [[1] * len(block.input_ids) for block in blocks],
-        "labels": [labels_of(block).tolist() for block in blocks],
+        "input_ids": [block.input_ids.tolist() for block in rows],
+        "attention_mask": [[1] * len(block.input_ids) for block in rows],
+        "labels": [labels_of(block).tolist() for block in rows],
     }
     Dataset.from_dict(columns).save_to_disk(out)
 
@@ -163,7 +163,7 @@ def settings_of(
 def tokens_after(rows: Sequence[Block], settings: dict[str, Any], *, processes: int) -> list[int]:
     """Tokens read after each of its steps."""
     step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * processes
-    read = np.cumsum([len(rows[index].input_ids) for index in range(len(rows))])
+    read = np.cumsum([len(row.input_ids) for row in rows])
     return [int(read[min(end, len(read)) - 1]) for end in range(step, len(read) + step, step)]
 
 

@@ -36,7 +36,10 @@ class Processors:
     device_count = staticmethod(lambda: 1)
     current_device = staticmethod(lambda: 0)
     get_device_name = staticmethod(lambda _: "processors")
-    memory_stats = staticmethod(lambda _: {})
+
+    @staticmethod
+    def memory_stats(_: Any) -> dict[str, int]:
+        return {}
 
     @staticmethod
     def get_device_properties(_: Any) -> Any:
@@ -102,15 +105,12 @@ class DocumentAttention(VarlenAttention):  # type: ignore[misc]
         """[batch, tokens, heads, size] each; returns the shape of the queries."""
         bounds = attention_masks.cu_seq_q.tolist()
         flat = [tensor.reshape(-1, *tensor.shape[2:]).transpose(0, 1)[None] for tensor in (q_BLNH, k_BLNH, v_BLNH)]
-        parts = [
-            nn.functional.scaled_dot_product_attention(
-                *(tensor[:, :, start:end] for tensor in flat),
-                is_causal=True,
-                scale=scale,
-                enable_gqa=given.get("enable_gqa", False),
-            )
-            for start, end in pairwise(bounds)
-        ]
+        grouped = bool(given.get("enable_gqa", False))
+        parts = []
+        for start, end in pairwise(bounds):
+            query, key, value = (tensor[:, :, start:end] for tensor in flat)
+            attend = nn.functional.scaled_dot_product_attention
+            parts.append(attend(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped))
         return torch.cat(parts, dim=2)[0].transpose(0, 1).reshape(q_BLNH.shape)
 
 
