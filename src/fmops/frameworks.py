@@ -20,6 +20,8 @@ from pathlib import Path
 from fmops.errors import FmopsError, Terminated
 
 PR_SET_PDEATHSIG = 1
+START_RANKS = ("torchtitan", "llama-factory")
+"""A stage's frameworks that make their own processes of a training, so that the stage itself runs once."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 

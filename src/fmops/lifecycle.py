@@ -119,11 +119,6 @@ class Pretrain(Frozen):
     )
     checkpoints: int = Field(4, ge=1, description="How often a resume state is written, spread evenly.")
 
-    @property
-    def starts_its_processes(self) -> bool:
-        """Whether the framework makes its own ranks, so that the stage runs once."""
-        return self.framework == "torchtitan"
-
 
 class Instruct(Frozen):
     """Instruction tuning: loss on the assistant's tokens only."""
@@ -150,11 +145,6 @@ class Instruct(Frozen):
         None, ge=1, description="With keep best: measurements in a row without a better one that end training."
     )
     checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
-
-    @property
-    def starts_its_processes(self) -> bool:
-        """Whether the framework makes its own ranks, so that the stage runs once."""
-        return self.framework == "llama-factory"
 
 
 class Align(Frozen):

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from fmops.artifacts import Artifact, Source
 from fmops.environment import describe_environment
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full, written_path
+from fmops.frameworks import START_RANKS
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
@@ -119,7 +120,7 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
 def _run(step: Step, inputs: dict[str, Any], *, out: Path, context: StageContext) -> Artifact:
     """Call the stage function, here or in the processes that share it."""
     stage, config = step.node.stage, step.node.config
-    alone = getattr(config, "starts_its_processes", False)
+    alone = getattr(config, "framework", None) in START_RANKS
     if stage.in_ranks and context.processes > 1 and not alone:
         return run_in_ranks(stage.function, config, inputs=inputs, out=out, context=context)
     return stage.load()(config, **inputs, out=out, context=context)
