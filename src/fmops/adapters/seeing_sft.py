@@ -22,11 +22,12 @@ from trl import SFTConfig
 
 from fmops.adapters import ranks
 from fmops.adapters.eyes import Eyes, load_seeing, pictures_of
+from fmops.adapters.held_out import DIALOGUE_TOKENS
 from fmops.adapters.model_files import choose_precision, evaluating, load_tokenizer, save_model
 from fmops.adapters.packing import IGNORED, plan_training
-from fmops.adapters.schedule import Schedule, arguments, evenly
+from fmops.adapters.schedule import RATES, Schedule, arguments, evenly
 from fmops.adapters.trainer import Trained, Watch, prepare, run
-from fmops.adapters.trl_sft import HELD_OUT_TOKENS, RATES, SftTrainer
+from fmops.adapters.trl_sft import SftTrainer
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.pictures import to_url
@@ -160,7 +161,7 @@ def _held_out_loss(
     tokens = 0
     for dialogue in dialogues:
         tokens += len(dialogue.ids)
-        if chosen and tokens > HELD_OUT_TOKENS:
+        if chosen and tokens > DIALOGUE_TOKENS:
             break
         chosen.append(dialogue)
 
