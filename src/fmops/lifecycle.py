@@ -95,7 +95,7 @@ class Pretrain(Frozen):
     """Continued pretraining."""
 
     framework: Literal["transformers", "torchtitan"] = Field(
-        "transformers", description="`torchtitan` is for large models, and lives in an environment of its own."
+        "transformers", description="torchtitan: for large models."
     )
     tokens: int = Field(ge=1, description="Tokens to train on; the one dial. Steps follow from it.")
     tuning: Tuning = Field("full", description="`full` moves every weight; `lora` an adapter, merged at the end.")
@@ -123,9 +123,7 @@ class Pretrain(Frozen):
 class Instruct(Frozen):
     """Instruction tuning: loss on the assistant's tokens only."""
 
-    framework: Literal["trl", "llama-factory"] = Field(
-        "trl", description="`llama-factory` lives in an environment of its own."
-    )
+    framework: Literal["trl", "llama-factory"] = "trl"
     method: Literal["sft"] = "sft"
     adapter: Tuning = Field("lora", description="`lora` trains an adapter and merges it; `full` moves every weight.")
     rank: int = Field(16, ge=1, description="LoRA rank; scale is twice the rank.")
@@ -220,7 +218,6 @@ class Evaluate(Frozen):
     rotate: bool = Field(
         False, description="Each candidate is measured on items of its own, which nobody could know while training it."
     )
-
     judge: Judge | None = Field(None, description="Compares answers in words, in `fmops compare`.")
 
     @model_validator(mode="after")

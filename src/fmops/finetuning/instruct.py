@@ -38,8 +38,8 @@ def instruct(
 
     if config.framework != "trl" and (corpus or reads_pictures(checkpoint.model)):
         raise FmopsError(
-            f"instruct.framework {config.framework} is given dialogues of text alone: no pictures, no instruct.documents. "
-            "Set framework to trl."
+            f"instruct.framework {config.framework} is given dialogues of text alone: no pictures, no "
+            "instruct.documents. Set framework to trl."
         )
     if corpus and reads_pictures(checkpoint.model):
         raise FmopsError("instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out.")
