@@ -94,9 +94,7 @@ class Curate(Frozen):
 class Pretrain(Frozen):
     """Continued pretraining."""
 
-    framework: Literal["transformers", "torchtitan"] = Field(
-        "transformers", description="torchtitan: for large models."
-    )
+    framework: Literal["transformers", "torchtitan"] = "transformers"
     tokens: int = Field(ge=1, description="Tokens to train on; the one dial. Steps follow from it.")
     tuning: Tuning = Field("full", description="`full` moves every weight; `lora` an adapter, merged at the end.")
     learning_rate: Rate = Field(1e-4, description="Peak rate; warms up, stays, decays. The next round re-warms it.")
