@@ -59,10 +59,6 @@ def instruct(
     if reads_pictures(checkpoint.model):
         from fmops.adapters import seeing_sft
 
-        if corpus:
-            raise FmopsError(
-                "instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out."
-            )
         result = seeing_sft.train(
             config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context
         )
