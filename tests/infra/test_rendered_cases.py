@@ -66,7 +66,7 @@ def test_the_platform_of_a_case_knows_what_the_real_one_knows(case):
     assert cluster == cluster_values(PROFILES[case]) | {"reservations": cluster["reservations"]}
 
 
-def test_pretraining_on_trainium_asks_for_every_device_of_its_node():
+def test_pretraining_on_trainium_asks_for_devices_and_the_other_stages_for_processors():
     cluster = yaml.safe_load((NEURON / "platform/cluster.yaml").read_text())["cluster"]
     assert cluster == cluster_values("neuron") | {"reservations": []}
     spec, *jobs = read(NEURON / "rendered/jobs.yaml")
@@ -78,8 +78,8 @@ def test_pretraining_on_trainium_asks_for_every_device_of_its_node():
     asked = {
         name: pod["containers"][0]["resources"]["limits"].get("aws.amazon.com/neuron") for name, pod in pods.items()
     }
-    assert (asked["pretrain"], asked["corpus"]) == ("16", None)
-    assert pods["pretrain"]["nodeSelector"] == {"node.kubernetes.io/instance-type": "trn1.32xlarge"}
+    assert asked == {"base": None, "corpus": None, "pretrain": "8", "release": None}
+    assert pods["pretrain"]["nodeSelector"]["node.kubernetes.io/instance-type"] == "trn1.32xlarge"
     text = (NEURON / "README.md").read_text(encoding="utf-8")
     price = COSTS["prices"]["trn1.32xlarge"]
     assert f"| {price:.2f} |" in text

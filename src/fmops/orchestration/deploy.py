@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,9 +153,14 @@ _Readable.add_representer(
 )
 
 
+def as_yaml(manifests: Iterable[Manifest]) -> str:
+    """Manifests as people read them."""
+    return str(yaml.dump_all(manifests, Dumper=_Readable, sort_keys=False, width=120))
+
+
 def render(deployment: Deployment) -> str:
     """The manifests as YAML."""
-    return str(yaml.dump_all(deployment.manifests, Dumper=_Readable, sort_keys=False, width=120))
+    return as_yaml(deployment.manifests)
 
 
 def deploy_release(

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from fmops.errors import EXIT_FAILED, EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
 from fmops.orchestration.cluster_plan import shape_of, works
-from fmops.orchestration.deploy import Platform
+from fmops.orchestration.deploy import Platform, as_yaml
 from fmops.orchestration.execute import MICRO_BATCH_PARTS
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
@@ -237,7 +235,7 @@ def render_run(project: Project, *, platform: Platform, baked_in: bool) -> str:
             project, planner, step, fingerprint=step.fingerprint, attempt=0, platform=platform, baked_in=baked_in
         )
         made += [job] if made else [spec, job]
-    return yaml.safe_dump_all(made, sort_keys=False, width=120)
+    return as_yaml(made)
 
 
 __all__ = ["EksLauncher", "job_name", "manifests_of", "render_run"]

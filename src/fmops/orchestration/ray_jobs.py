@@ -108,7 +108,8 @@ def share_of(stage: str, *, shape: Shape | None, work: Work | None, profile: str
     if stage not in COMPUTES:
         # Curation holds a few hundred MB however large the corpus is; import holds the model in 32 bits.
         return Share(cpu=4, memory_gib=ceil(8 + (6 * size if stage == "import" else 0)))
-    if profile not in RESOURCES or shape is None:
+    # Of the stages only training runs on NeuronCores: the scorer and parity's engines have no code for them.
+    if profile not in RESOURCES or shape is None or (profile == "neuron" and stage not in TRAINS):
         state = STATE_BYTES if work and not work.lora else 6
         return Share(cpu=8, memory_gib=ceil(LIBRARIES_GIB + state * size))
     asked = work or Work(tokens=1, sequence=1024, batch_tokens=1024, lora=True)
