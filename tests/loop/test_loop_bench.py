@@ -46,7 +46,7 @@ def test_a_killed_engine_is_told_from_a_bad_model_and_comes_back(played):
 
 def test_the_table_and_the_picture_are_made_from_the_figures(played):
     said, rows, out = played
-    assert f"| feedback poisoning | {rows['feedback poisoning']['detected_after_requests']} |" in said
+    assert f"| feedback poisoning | 1 | {rows['feedback poisoning']['detected_after_requests']} |" in said
     assert "infrastructure fault" in out.with_suffix(".svg").read_text()
 
 

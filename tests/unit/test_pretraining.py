@@ -163,7 +163,7 @@ def measured(monkeypatch, values: list[float]) -> None:
 
     given = iter(values)
     monkeypatch.setattr(
-        transformers_pretrain, "_held_out_losses", lambda *_, **__: lambda model: {"new_bits_per_byte": next(given)}
+        transformers_pretrain, "held_out_losses", lambda *_, **__: lambda model: {"new_bits_per_byte": next(given)}
     )
 
 
