@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ class Dialogue(Protocol):
     def ids(self) -> tuple[int, ...]: ...
     @property
     def learnt(self) -> tuple[bool, ...]: ...
+
+
+D = TypeVar("D", bound=Dialogue)
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,23 @@ def piece_of(dialogue: Dialogue) -> Block:
     return Block(ids, (len(ids),), np.asarray(dialogue.learnt, dtype=bool))
 
 
+def first_dialogues(dialogues: Sequence[D]) -> list[D]:
+    """At least one, and no more than `DIALOGUE_TOKENS` tokens hold."""
+    chosen: list[D] = []
+    tokens = 0
+    for dialogue in dialogues:
+        tokens += len(dialogue.ids)
+        if chosen and tokens > DIALOGUE_TOKENS:
+            break
+        chosen.append(dialogue)
+    return chosen
+
+
 def held_out_loss(
     dialogues: Sequence[Dialogue], *, block_tokens: int, dtype: torch.dtype
 ) -> Callable[[Any], dict[str, float]]:
     """Measures nats a learnt token on the first held-out dialogues."""
-    pieces: list[Block] = []
-    tokens = 0
-    for dialogue in dialogues:
-        tokens += len(dialogue.ids)
-        if pieces and tokens > DIALOGUE_TOKENS:
-            break
-        pieces.append(piece_of(dialogue))
-    blocks = pack(pieces, block_tokens=block_tokens)
+    blocks = pack([piece_of(dialogue) for dialogue in first_dialogues(dialogues)], block_tokens=block_tokens)
 
     def measure(model: Any) -> dict[str, float]:
         if not blocks:

@@ -22,7 +22,7 @@ from trl import SFTConfig
 
 from fmops.adapters import ranks
 from fmops.adapters.eyes import Eyes, load_seeing, pictures_of
-from fmops.adapters.held_out import DIALOGUE_TOKENS
+from fmops.adapters.held_out import first_dialogues
 from fmops.adapters.model_files import choose_precision, evaluating, load_tokenizer, save_model
 from fmops.adapters.packing import IGNORED, plan_training
 from fmops.adapters.schedule import RATES, Schedule, arguments, evenly
@@ -157,13 +157,7 @@ def _held_out_loss(
     dialogues: Sequence[Dialogue], collate: Callable[[Sequence[Dialogue]], dict[str, Any]], *, dtype: torch.dtype
 ) -> Callable[[Any], dict[str, float]]:
     """Measures nats a learnt token on the first held-out dialogues, a dialogue at a time."""
-    chosen: list[Dialogue] = []
-    tokens = 0
-    for dialogue in dialogues:
-        tokens += len(dialogue.ids)
-        if chosen and tokens > DIALOGUE_TOKENS:
-            break
-        chosen.append(dialogue)
+    chosen = first_dialogues(dialogues)
 
     def measure(model: Any) -> dict[str, float]:
         nats, counted = 0.0, 0
