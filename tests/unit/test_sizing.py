@@ -31,16 +31,57 @@ SHAPES = {
     "nanochat d20": LLAMA_8B
     | {"hidden_size": 1280, "intermediate_size": 3413, "num_hidden_layers": 20, "num_attention_heads": 10}
     | {"num_key_value_heads": 10, "vocab_size": 65536},
+    "Llama 2 7B": LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+    "Llama 2 13B": LLAMA_8B
+    | {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    | {"num_key_value_heads": 40, "vocab_size": 32000},
+    "Llama 2 34B": LLAMA_8B
+    | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64}
+    | {"vocab_size": 32000},
+    "SmolLM3 3B": LLAMA_8B
+    | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    | {"num_key_value_heads": 4, "tie_word_embeddings": True},
 }
-# Tokens a second and H100, bfloat16, as published; docs/sizing.md names the sources.
-PUBLISHED = [
-    ("Llama 3.1 8B", 8, 8192, 16, 6667),  # torchtitan, FSDP, compiled
-    ("Llama 3.1 8B", 128, 8192, 256, 6514),
-    ("Olmo 3 7B", 512, 8192, 512, 7700),
-    ("Olmo 3 32B", 1024, 8192, 1024, 1900),
-    ("Llama 3.1 405B", 16384, 8192, 2048, 400e12 / 2.524e12),  # 400 TFLOP/s each
-    ("nanochat d20", 8, 2048, 256, 1_080_000 / 8),
+SHAPES["Llama 2 70B"] = SHAPES["Llama 3.1 70B"] | {"vocab_size": 32000}
+H100 = instance("p5.48xlarge")
+FP8 = H100.model_copy(update={"peak_tflops": 1979.0})
+A100 = instance("p4d.24xlarge").model_copy(update={"memory_gib": 80.0})
+# Rows of docs/sizing.md in order, by how they begin: shape, devices, sequence, sequences a batch, published tokens/s.
+THROUGHPUT = [
+    ("torchtitan, Llama 3.1 8B, 8 H100, FSDP, compiled", "Llama 3.1 8B", H100, 8, 8192, 16, 6667),
+    ("the same on 128", "Llama 3.1 8B", H100, 128, 8192, 256, 6514),
+    ("Olmo 3 7B", "Olmo 3 7B", H100, 512, 8192, 512, 7700),
+    ("Olmo 3 32B", "Olmo 3 32B", H100, 1024, 8192, 1024, 1900),
+    ("Llama 3.1 405B, 16,384 H100", "Llama 3.1 405B", H100, 16384, 8192, 2048, 400e12 / 2.524e12),
+    ("nanochat d20", "nanochat d20", H100, 8, 2048, 256, 1_080_000 / 8),
+    ("Llama 3.1 405B, 8,192 H100", "Llama 3.1 405B", H100, 8192, 8192, 2048, 430e12 / 2.524e12),
+    ("Megatron-Bridge 25.11, Llama 3 8B", "Llama 3.1 8B", FP8, 8, 8192, 128, 14451),
+    ("Megatron-Bridge 26.02, Llama 3 70B", "Llama 3.1 70B", FP8, 64, 8192, 256, 1621),
+    ("Megatron-Bridge 26.02, Llama 3.1 405B", "Llama 3.1 405B", FP8, 1024, 8192, 1536, 311),
+    ("NeMo AutoModel, Llama 3 8B, LoRA", "Llama 3.1 8B", H100, 1, 4096, 32, 12473),
+    ("*missed:* torchtitan, Llama 3.1 8B", "Llama 3.1 8B", H100, 8, 8192, 16, 5762),
+    ("*missed:* SmolLM3 3B", "SmolLM3 3B", H100, 384, 4096, 576, 11.2e12 / (384 * 24 * 86400)),
+    ("*missed:* NeMo AutoModel, Llama 3 70B, LoRA", "Llama 3.1 70B", H100, 8, 4096, 32, 608),
 ]
+# Shape, devices, sequence, trillions of tokens, million device hours of the model card.
+HOURS = [
+    ("Llama 2 7B", "Llama 2 7B", A100, 1024, 4096, 2.0, 0.18432),
+    ("Llama 2 13B", "Llama 2 13B", A100, 1024, 4096, 2.0, 0.36864),
+    ("Llama 2 34B", "Llama 2 34B", A100, 1024, 4096, 2.0, 1.038336),
+    ("Llama 2 70B", "Llama 2 70B", A100, 1024, 4096, 2.0, 1.72032),
+    ("Llama 3 70B", "Llama 3.1 70B", H100, 4096, 8192, 15.0, 6.4),
+    ("Llama 3.1 405B, 15.6 trillion", "Llama 3.1 405B", H100, 16384, 8192, 15.6, 30.84),
+    ("*missed:* Llama 3 8B", "Llama 3.1 8B", H100, 2048, 8192, 15.0, 1.3),
+]
+DOCS = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text(encoding="utf-8")
+
+
+def is_in_the_docs(begins: str, published: float, here: float) -> None:
+    """The one row that begins so states these figures, and is marked as missed if they differ by over a quarter."""
+    (row,) = [line for line in DOCS.splitlines() if line.startswith(f"| {begins}") and line.count("|") == 5]
+    stated = [float(cell.replace(",", "")) for cell in row.split("|")[2:5]]
+    assert stated == pytest.approx([published, here, here / published], rel=0.01)
+    assert ("missed" in begins) == (abs(here / published - 1) > 0.25)
 
 
 def shape(name: str) -> Shape:
@@ -49,7 +90,16 @@ def shape(name: str) -> Shape:
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("Llama 3.1 8B", 8.03), ("Llama 3.1 70B", 70.55), ("Llama 3.1 405B", 405.9), ("nanochat d20", 0.561)],
+    [
+        ("Llama 3.1 8B", 8.03),
+        ("Llama 3.1 70B", 70.55),
+        ("Llama 3.1 405B", 405.9),
+        ("nanochat d20", 0.561),
+        ("Llama 2 7B", 6.738),
+        ("Llama 2 13B", 13.016),
+        ("Llama 2 70B", 68.98),
+        ("SmolLM3 3B", 3.075),
+    ],
 )
 def test_parameters_are_those_of_the_model_card(name, billions):
     assert shape(name).parameters / 1e9 == pytest.approx(billions, rel=0.002)
@@ -64,17 +114,32 @@ def test_operations_a_token_are_megatrons(name, flops):
     assert shape(name).training_flops(8192) == pytest.approx(flops, rel=0.002)
 
 
-@pytest.mark.parametrize(("name", "devices", "sequence", "sequences", "each"), PUBLISHED)
-def test_published_throughput_is_met_within_a_quarter(name, devices, sequence, sequences, each):
-    work = Work(1e12, sequence, sequences * sequence)
-    size = sizing.training(shape(name), work, instance("p5.48xlarge"), nodes=devices // 8)
-    assert size.tokens_per_s / devices == pytest.approx(each, rel=0.25)
+# NeMo AutoModel, the same quotient: frozen weights cost 4 and not 6.
+@pytest.mark.parametrize(("name", "flops"), [("Llama 3.1 8B", 402e12 / 12473), ("Llama 3.1 70B", 176e12 / 608.4)])
+def test_operations_a_token_of_lora_are_automodels(name, flops):
+    assert shape(name).training_flops(4096, lora=True) == pytest.approx(flops, rel=0.04)
 
 
-def test_the_hours_of_llama_405b_are_met_within_a_quarter():
-    work = Work(15.6e12, 8192, 2048 * 8192)
-    size = sizing.training(shape("Llama 3.1 405B"), work, instance("p5.48xlarge"), nodes=2048)
-    assert size.hours * 16384 == pytest.approx(30.84e6, rel=0.25)  # its model card
+@pytest.mark.parametrize(("begins", "name", "on", "devices", "sequence", "sequences", "published"), THROUGHPUT)
+def test_published_throughput_is_met_within_a_quarter_or_said_to_be_missed(
+    begins, name, on, devices, sequence, sequences, published
+):
+    work = Work(1e12, sequence, sequences * sequence, lora="LoRA" in begins)
+    size = sizing.training(shape(name), work, on, nodes=max(1, devices // 8), devices=devices)
+    is_in_the_docs(begins, published, size.tokens_per_s / devices)
+
+
+@pytest.mark.parametrize(("begins", "name", "on", "devices", "sequence", "trillions", "published"), HOURS)
+def test_published_hours_are_met_within_a_quarter_or_said_to_be_missed(
+    begins, name, on, devices, sequence, trillions, published
+):
+    work = Work(trillions * 1e12, sequence, 2**22 if on is A100 else 2048 * sequence)
+    size = sizing.training(shape(name), work, on, nodes=devices // 8)
+    is_in_the_docs(begins, published, size.hours * devices / 1e6)
+
+
+def test_goodput_at_16384_devices_is_what_llama_3_reports():
+    size = sizing.training(shape("Llama 3.1 405B"), Work(15.6e12, 8192, 2048 * 8192), H100, nodes=2048)
     assert size.goodput > 0.9  # «over 90 % effective training time»
     assert size.layout.bytes_per_device < 80 * sizing.GIB
 
