@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmops.artifacts import Judged
+from fmops.errors import GateRejected, NeedMoreData
 from fmops.evaluation import spending
 from fmops.jobs import GateJob
 from fmops.lifecycle import read_lifecycle
 from fmops.orchestration.graph import build
 from fmops.orchestration.plan import Planner, Step
+from fmops.orchestration.run import _raise_unless_promoted
 from fmops.store import InputRef, Record, Store
 
 ALPHA = 0.05
@@ -139,6 +141,22 @@ def test_another_margin_for_the_same_candidate_is_another_round(planner):
     wider = replace(node, config=node.config.model_copy(update={"margins": {"domain": 9.0}}))
     config = planner._of_this_round(wider, given_inputs("b")).config
     assert config.earlier == (judged(0.01),)
+
+
+def test_who_is_told_to_bring_more_data_is_told_what_another_try_costs(planner):
+    first = judged(spending.level((), ALPHA))
+    gate = decision(planner, given_inputs("b"), (first,))
+    gate.artifact.update(verdict="need more data", alpha=ALPHA, reasons=["domain is undecided"])
+    steps = {"gate": Step(node=planner.graph.nodes["gate"], state="cached", reason="", record=gate)}
+    with pytest.raises(NeedMoreData) as told:
+        _raise_unless_promoted(steps, None)
+    coming, _ = planner.next_level(ALPHA)
+    assert f"is round 2, tested at level {coming:.4f} of α 0.05; this one had {first.level:.4f}" in str(told.value)
+    assert coming < first.level
+    assert "do not just run again: raise evaluate.limit" in str(told.value)
+    gate.artifact["verdict"] = "reject"
+    with pytest.raises(GateRejected, match="the gate says reject"):
+        _raise_unless_promoted(steps, None)
 
 
 def test_refused_evidence_is_no_round(planner):

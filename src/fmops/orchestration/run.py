@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from fmops.artifacts import Judged
 from fmops.errors import FmopsError, GateRejected, NeedMoreData
 from fmops.faults import fault_site
 from fmops.locks import locked
@@ -186,8 +187,24 @@ def _raise_unless_promoted(steps: Mapping[str, Step], folder: Path | None) -> No
     verdict = gate.record.artifact["verdict"]
     reasons = "".join(f"\n  - {reason}" for reason in gate.record.artifact["reasons"])
     where = f"\nReport: {folder / 'report.html'}" if folder else ""
-    text = f"the gate says {verdict}; nothing is released.{reasons}{where}"
-    raise (NeedMoreData if verdict == "need more data" else GateRejected)(text)
+    text = f"the gate says {verdict}; nothing is released.{reasons}"
+    if verdict == "need more data":
+        raise NeedMoreData(f"{text}\n{_next_try(gate.record.artifact)}{where}")
+    raise GateRejected(f"{text}{where}")
+
+
+def _next_try(decision: Mapping[str, Any]) -> str:
+    """What another try costs, for who would ask again until it passes."""
+    from fmops.evaluation.spending import level
+
+    rounds = tuple(map(Judged.model_validate, decision["rounds"]))
+    alpha = decision["alpha"]
+    return (
+        f"Another try (other weights, items or margins) is round {len(rounds) + 1}, tested at level "
+        f"{level(rounds, alpha):.4f} of α {alpha:g}; this one had {rounds[-1].level:.4f}. A smaller level needs more "
+        "items for the same margin, so do not just run again: raise evaluate.limit, or train for a larger gain, until "
+        "`fmops plan` says that the items can show the margins at that level."
+    )
 
 
 def _promote(
