@@ -142,11 +142,25 @@ def test_another_key_is_refused(store, release, tmp_path, monkeypatch):
     sign_release(store, release)
     mine, theirs = make_keys(tmp_path / "theirs")
     monkeypatch.setenv(PUBLIC_KEY, str(theirs))
-    with pytest.raises(IntegrityError, match=r"not by|not with signing\.pub"):
+    with pytest.raises(IntegrityError, match=r"another workspace promoted it.*FMOPS_VERIFY_KEY|not with signing\.pub"):
         check_release(store, release)
     monkeypatch.setenv(PRIVATE_KEY, str(mine))
     sign_release(store, release)
     check_release(store, release)
+
+
+def test_a_workspace_without_the_signers_key_says_where_it_is(store, release, monkeypatch, tmp_path):
+    sign_release(store, release)
+    (store.root / "keys" / "signing.pub").unlink()
+    with pytest.raises(FmopsError) as refused:
+        check_release(store, release)
+    text = str(refused.value)
+    assert f"{release.key} is signed, and {store.root} has no keys/signing.pub" in text
+    assert "Copy its keys/signing.pub here by a way that you trust" in text
+    assert "`export FMOPS_VERIFY_KEY=/path/to/signing.pub`" in text
+    monkeypatch.setenv(PUBLIC_KEY, str(tmp_path / "gone.pub"))
+    with pytest.raises(FmopsError, match=r"FMOPS_VERIFY_KEY names .*gone\.pub, which is not there"):
+        check_release(store, release)
 
 
 def test_a_torn_signature_is_refused(store, release):

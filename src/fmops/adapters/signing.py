@@ -76,7 +76,10 @@ def verify_folder(folder: Path, signature: Path, *, public_key: Path) -> None:
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
         verifier.set_hashing_config(_every_file()).verify(folder, signature)
     except InvalidSignature:
-        raise IntegrityError(f"the signature of {folder.name} is not by {public_key}. Do not serve it.") from None
+        raise IntegrityError(
+            f"the signature of {folder.name} is not by {public_key}. Do not serve it. If another workspace "
+            "promoted it, name that one's public key in FMOPS_VERIFY_KEY."
+        ) from None
     except OSError as error:
         raise IntegrityError(f"the signature of {folder.name} cannot be checked: {error}.") from None
     except (ValueError, KeyError, TypeError) as error:

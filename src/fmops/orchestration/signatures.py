@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fmops.errors import FmopsError
 from fmops.store import Record, Store
 
 PRIVATE_KEY, PUBLIC_KEY = "FMOPS_SIGNING_KEY", "FMOPS_VERIFY_KEY"
@@ -38,11 +39,20 @@ def check_release(store: Store, record: Record) -> None:
 
     Raises:
         IntegrityError: unsigned, signed by another key, or changed since.
+        FmopsError: it is signed, and the key to verify it with is not here.
     """
     from fmops.adapters.signing import PUBLIC, verify_folder
 
     stated = os.environ.get(PUBLIC_KEY)
     public = Path(stated) if stated else store.root / "keys" / PUBLIC
+    signature = signature_path(store, record)
     if store.shared:
-        store.shared.bring(f"signatures/{record.key}.sig", signature_path(store, record))
-    verify_folder(store.files(record), signature_path(store, record), public_key=public)
+        store.shared.bring(f"signatures/{record.key}.sig", signature)
+    if signature.is_file() and not public.is_file():
+        lacks = f"{PUBLIC_KEY} names {public}, which is not there" if stated else f"{store.root} has no keys/{PUBLIC}"
+        raise FmopsError(
+            f"{record.key} is signed, and {lacks}: who signed it cannot be checked. The key lies in the workspace that "
+            f"promoted it. Copy its keys/{PUBLIC} here by a way that you trust, not by the bucket (never signing.key, "
+            f"the private one), and name it: `export {PUBLIC_KEY}=/path/to/{PUBLIC}`."
+        )
+    verify_folder(store.files(record), signature, public_key=public)
