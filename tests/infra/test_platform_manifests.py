@@ -273,6 +273,22 @@ def test_what_kserve_adds_to_a_predictor_keeps_the_rules_of_its_namespace():
     assert "no digest" in policy_findings(predictor)[0]
 
 
+@pytest.mark.parametrize("profile", ["gpu", "neuron"])
+def test_what_a_runtime_asks_for_fits_the_smallest_node_of_its_pool(profile):
+    """g5.xlarge, g6.xlarge and inf2.xlarge: 4 CPUs, 16 GiB, 58 pods.
+
+    The kubelet of EKS keeps 6 % of the first core, 1 % of the second, 0.5 % of two more, and 255 MiB + 11 MiB a pod,
+    and evicts below 100 MiB; Karpenter counts 7.5 % of the memory as the hypervisor's. Daemon sets are given half a
+    core and 1 GiB: ours ask for less.
+    """
+    free_cpu, free_mib = 4 - 0.08 - 0.5, 16 * 1024 * 0.925 - (255 + 11 * 58) - 100 - 1024
+    [container] = find("ClusterServingRuntime", profile=profile)["spec"]["containers"]
+    asked = container["resources"]["requests"]
+    assert int(asked["cpu"]) <= free_cpu
+    assert int(asked["memory"].removesuffix("Gi")) * 1024 <= free_mib
+    assert container["resources"]["limits"]["memory"] == asked["memory"]
+
+
 def test_closed_namespaces_reach_no_metadata_service():
     for manifest in manifests("cpu"):
         if manifest["kind"] == "NetworkPolicy" and manifest["metadata"]["name"] == "allow-out":
