@@ -213,10 +213,44 @@ def test_without_a_champion_there_is_nothing_to_watch(tmp_path):
         Watcher(Store(tmp_path), POLICY).look()
 
 
-def test_a_broken_state_is_named(store):
-    (store.root / "monitor.json").write_text("{}")
-    with pytest.raises(FmopsError, match=r"monitor.json is no monitor state: watch: Field required. Move it away"):
-        Watcher(store, POLICY).look()
+def of_another_version(state: dict) -> dict:
+    """As it was written before topics were new words."""
+    del state["watch"]["known_words"]
+    return {**state, "watch": {**state["watch"], "centroid": {"3": 0.5}, "centroid_prompts": 40}}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda state: {}, "watch: Field required"),
+        (of_another_version, "watch.centroid: Extra inputs are not permitted"),
+    ],
+)
+def test_a_state_that_cannot_be_read_is_kept_and_the_way_on_is_said_and_true(store, spoil, said):
+    watcher, path = Watcher(store, POLICY, clock=lambda: 1.8e9), store.root / "monitor.json"
+    write(store, talk_of(1), 40)
+    before = watcher.look()
+    other = json.dumps(spoil(json.loads(path.read_text())))
+    path.write_text(other)
+    with pytest.raises(FmopsError) as refused:
+        watcher.look()
+    assert f"{path} is broken, or of another version of FMOps: {said}" in str(refused.value)
+    assert f"`mv {path} {path}.old`" in str(refused.value)
+    assert path.read_text() == other
+    path.rename(f"{path}.old")
+    assert watcher.look() == before
+
+
+def test_a_state_from_before_a_signal_was_watched_is_read_on(store):
+    watcher, path, talk = Watcher(store, POLICY, clock=lambda: 1.8e9), store.root / "monitor.json", talk_of(1)
+    write(store, talk, 40)
+    watcher.look()
+    state = json.loads(path.read_text())
+    del state["watch"]["rates"]["refused"]
+    path.write_text(json.dumps(state))
+    write(store, talk, 40)
+    report = watcher.look()
+    assert (report.reference["empty"][1], report.reference["refused"][1]) == (80, 40)
 
 
 def test_golden_prompts_are_asked_again_after_hours_and_tell_when_the_engine_is_another(store, monkeypatch):

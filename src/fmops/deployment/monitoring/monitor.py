@@ -104,9 +104,11 @@ class Watcher:
             return Saved.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise FmopsError(
-                f"{path} is no monitor state: {'.'.join(map(str, first['loc']))}: {first['msg']}. Move it away: "
-                "monitoring begins anew, and measures what is normal once more."
+                f"{path} is broken, or of another version of FMOps: {what}. "
+                f"Set it aside: `mv {path} {path}.old`. The next look reads the traces on disk from the first on, and "
+                "measures what is normal anew. Alarms may come again; how the release before did is forgotten."
             ) from None
 
     def _ask_golden(self, champion: str, saved: Saved | None) -> tuple[Golden | None, float] | None:
