@@ -255,6 +255,12 @@ class Diagnosis(Frozen):
     refute: str = Field(description="What would refute it.")
     examples: tuple[str, ...] = Field(default=(), description="Traces to look at.")
     also_possible: tuple[str, ...] = Field(default=(), description="Causes that the same facts allow.")
+    beside: Diagnosis | None = Field(None, description="What else is wrong, by facts that this cause does not explain.")
+
+    @property
+    def every(self) -> tuple[Diagnosis, ...]:
+        """This one, and what stands beside it."""
+        return (self, *(self.beside.every if self.beside else ()))
 
 
 class DriftReport(Artifact):

@@ -70,8 +70,37 @@ def test_examples_are_those_of_the_facts_that_decided():
     assert found("secret", "words").examples == ("trace-secret",)
 
 
+@pytest.mark.parametrize("machine", [("slow",), ("failed",), ("slow", "failed")])
+@pytest.mark.parametrize("doubt", ["log_probability", "refused", "judged_bad"])
+def test_a_slow_machine_does_not_hide_what_the_model_does_not_know(machine, doubt):
+    diagnosis = found(*machine, "topic", doubt, "disliked")
+    assert [(one.cause, one.stage) for one in diagnosis.every] == [
+        ("infrastructure", "alert"),
+        ("knowledge gap", "pretrain"),
+    ]
+    told, gap = diagnosis.every
+    assert told.examples == tuple(f"trace-{signal}" for signal in machine)
+    assert gap.examples == ("trace-topic", f"trace-{doubt}")
+    # The wait may explain the thumbs: they are no evidence of the gap, and no preference stands beside.
+    assert not any("thumbs" in reason for one in diagnosis.every for reason in one.because)
+    assert told.also_possible[0] == ("over-refusal" if doubt == "refused" else "preference")
+
+
+def test_thumbs_of_people_who_wait_say_nothing_of_the_model():
+    diagnosis = found("slow", "topic", "disliked")
+    assert [one.cause for one in diagnosis.every] == ["infrastructure", "traffic changed"]
+    assert diagnosis.also_possible == ("knowledge gap", "preference")
+    assert found("slow", "disliked").beside is None
+
+
+def test_a_fault_of_the_release_explains_everything():
+    assert found("slow", "topic", "log_probability", golden_agree=False).beside is None
+    assert found("topic", "secret").beside is None
+
+
 def test_the_table_asks_only_for_facts_that_exist_and_every_signal_says_something():
     asked = {fact for rule in RULES for fact in (*rule.all_of, *rule.any_of)}
+    assert {fact for rule in RULES for fact in rule.explains or ()} <= asked
     assert asked == set(FACTS), "a fact that no rule asks for would never matter"
     assert set(FACT_OF.values()) <= set(FACTS)
     assert {signal for signal, _ in FACT_OF} == {*RATES, *MEASURES}

@@ -165,3 +165,14 @@ def test_one_user_with_nearly_all_thumbs_down_starts_nothing(project):
     said = runner(project, "preference", "align").look()
     assert said[-1].endswith("but one identity wrote all of it: a person decides")
     assert "feedback: 91 of 100 rows are set aside: 91 identity-cap" in said
+
+
+def test_what_stands_beside_infrastructure_begins_its_round(project):
+    look = runner(project, "infrastructure", "alert")
+    gap = Diagnosis(
+        cause="knowledge gap", stage="pretrain", because=("users ask about other things",), confirm="", refute=""
+    )
+    look.watcher.diagnosis = look.watcher.diagnosis.model_copy(update={"beside": gap})
+    said = look.look()
+    assert "infrastructure → alert; knowledge gap → pretrain" in said[0]
+    assert said[-1].startswith(WHY.format("knowledge gap: users ask about other things"))

@@ -66,7 +66,7 @@ class LoopRunner:
 
     def _look(self, ask: Trigger | None, approve: int | None) -> list[str]:
         report = self.watcher.look()
-        said = [f"monitor: {report.answers} answers, {len(report.alarms)} alarms{_told(report.diagnosis)}"]
+        said = [f"monitor: {report.answers} answers, {len(report.alarms)} alarms{_told(report)}"]
         rollout = self.controller.look()
         if rollout:
             said.append(f"{rollout.state.id}: {rollout.state.phase}: {rollout.state.reason}")
@@ -82,7 +82,7 @@ class LoopRunner:
             return [*said, f"no round: {decide((), rounds, policy, self.clock()).reason}"]
         watched, gathered = self.learnt.watched(), self.gathered()
         said += _set_aside(gathered)
-        if report.diagnosis and report.diagnosis.stage == "evaluate":
+        if any(found.stage == "evaluate" for found in _findings(report)):
             said.append(self._new_items(gathered))
         said += [f"documents: {watched.in_vain}"] if watched.in_vain else []
         decision = decide(self._triggers(report, watched, gathered, ask), rounds, policy, self.clock())
@@ -96,11 +96,11 @@ class LoopRunner:
         assert gathered.counts is not None
         policy, counts = self.project.spec.loop, gathered.counts
         found = [ask] if ask else []
-        diagnosis = report.diagnosis
-        if diagnosis and diagnosis.stage in STAGES and not (diagnosis.stage == "pretrain" and watched.in_vain):
-            voices = None if diagnosis.stage == "pretrain" else counts.identities
-            why = f"{diagnosis.cause}: {'; '.join(diagnosis.because)}"
-            found.append(Trigger(cause="alarm", stage=diagnosis.stage, why=why, identities=voices))
+        for told in _findings(report):
+            if told.stage in STAGES and not (told.stage == "pretrain" and watched.in_vain):
+                voices = None if told.stage == "pretrain" else counts.identities
+                why = f"{told.cause}: {'; '.join(told.because)}"
+                found.append(Trigger(cause="alarm", stage=told.stage, why=why, identities=voices))
         untried = watched.untried
         if untried and sum(untried.values()) >= policy.new_files:
             names = ", ".join(f"{count} in {name}" for name, count in untried.items())
@@ -243,8 +243,12 @@ def asked(stage: RoundStage, why: str) -> Trigger:
     return Trigger(cause="person", stage=stage, why=why or "asked for by a person")
 
 
-def _told(diagnosis: Diagnosis | None) -> str:
-    return f"; {diagnosis.cause} → {diagnosis.stage}" if diagnosis else ""
+def _findings(report: DriftReport) -> tuple[Diagnosis, ...]:
+    return report.diagnosis.every if report.diagnosis else ()
+
+
+def _told(report: DriftReport) -> str:
+    return "".join(f"; {found.cause} → {found.stage}" for found in _findings(report))
 
 
 def _set_aside(gathered: Gathered) -> list[str]:

@@ -149,7 +149,8 @@ function diagnosis(found) {
   return h("div", { class: "diagnosis" }, h("h3", {}, `${found.cause} → ${found.stage}`),
     h("dl", {}, line("because", found.because.join("; ")), line("confirmed if", found.confirm), line("refuted if", found.refute),
       found.also_possible.length ? line("also possible", found.also_possible.join(", ")) : [],
-      found.examples.length ? line("look at", found.examples.map((id) => [h("code", {}, id), " "]).flat()) : []));
+      found.examples.length ? line("look at", found.examples.map((id) => [h("code", {}, id), " "]).flat()) : []),
+    found.beside ? diagnosis(found.beside) : null);
 }
 
 export function rounds(state) {

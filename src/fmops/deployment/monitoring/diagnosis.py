@@ -40,6 +40,8 @@ class Rule(Frozen):
     stage: Stage
     all_of: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
+    explains: tuple[str, ...] | None = None
+    """Further facts that this cause may bring about; None: all of them. What it does not explain is judged apart."""
     confirm: str
     refute: str
 
@@ -56,7 +58,8 @@ RULES = (
         refute="The previous release shows it on today's prompts as well: the traffic changed, not the model.",
     ),
     Rule(
-        cause="infrastructure", stage="alert", any_of=("failing", "slow"),
+        # Who waits blames the answer. But no machine makes people ask about other things, or a model doubt itself.
+        cause="infrastructure", stage="alert", any_of=("failing", "slow"), explains=("disliked",),
         confirm="Engine logs, memory and queue show errors; the previous release on the same machine fails as well.",
         refute="Errors stop when the previous release serves: then it is a release fault.",
     ),
@@ -97,7 +100,7 @@ RULES = (
         refute="A signal of harm follows.",
     ),
 )  # fmt: skip
-"""Read in order; the first rule whose facts hold is the diagnosis, later ones that hold are named beside it."""
+"""Read in order; the first rule whose facts hold is the diagnosis, later ones that hold are named as possible."""
 
 FACT_OF = {
     ("failed", "harm"): "failing", ("slow", "harm"): "slow", ("disliked", "harm"): "disliked",
@@ -124,11 +127,15 @@ class Findings(Frozen):
 
 
 def diagnose(findings: Findings) -> Diagnosis | None:
-    """The first rule whose facts hold. None when nothing has been found.
+    """The first rule whose facts hold, and beside it what the facts say that it does not explain.
 
-    A shift of log-probability counts as doubt whichever way it goes: the table's `refute` sorts that out.
+    None when nothing has been found. A shift of log-probability counts as doubt whichever way it goes: the table's
+    `refute` sorts that out.
     """
-    facts = facts_of(findings)
+    return _diagnose(facts_of(findings), findings)
+
+
+def _diagnose(facts: frozenset[str], findings: Findings) -> Diagnosis | None:
     if not facts:
         return None
     holding = [rule for rule in RULES if _holds(rule, facts)]
@@ -139,11 +146,14 @@ def diagnose(findings: Findings) -> Diagnosis | None:
         )  # fmt: skip
     rule = holding[0]
     used = facts & {*rule.all_of, *rule.any_of}
+    rest = frozenset() if rule.explains is None else facts - used - {*rule.explains}
+    beside = _diagnose(rest, findings)
+    known = {rule.cause} | {found.cause for found in (beside.every if beside else ())}
     telling = [a for a in findings.alarms if FACT_OF.get((a.signal, a.kind)) in used] or list(findings.alarms)
     return Diagnosis(
         cause=rule.cause, stage=rule.stage, because=_words(used, findings), confirm=rule.confirm, refute=rule.refute,
-        examples=_examples(telling),
-        also_possible=tuple(dict.fromkeys(other.cause for other in holding[1:] if other.cause != rule.cause)),
+        examples=_examples(telling), beside=beside,
+        also_possible=tuple(dict.fromkeys(other.cause for other in holding[1:] if other.cause not in known)),
     )  # fmt: skip
 
 

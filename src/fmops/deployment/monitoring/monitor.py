@@ -238,8 +238,7 @@ def describe(report: DriftReport) -> str:
         known = alarm.reference is not None and alarm.now is not None
         change = f" {alarm.reference:.2%} → {alarm.now:.2%}" if known else ""
         lines.append(f"{moment} {alarm.kind}: {alarm.signal}{change}, after {alarm.answers} answers")
-    found = report.diagnosis
-    if found:
+    for found in report.diagnosis.every if report.diagnosis else ():
         lines += [
             f"diagnosis: {found.cause} → {found.stage}",
             *(f"  because {reason}" for reason in found.because),
@@ -248,7 +247,7 @@ def describe(report: DriftReport) -> str:
             *([f"  also possible: {', '.join(found.also_possible)}"] if found.also_possible else []),
             *([f"  look at: {', '.join(found.examples)}"] if found.examples else []),
         ]
-    else:
+    if report.diagnosis is None:
         lines.append("nothing found")
     return "\n".join(lines)
 

@@ -201,7 +201,7 @@ def _set_aside(look: Look) -> str | None:
 
 
 def _acts_on(told: Diagnosis | None) -> bool:
-    return told is not None and told.stage not in ("evaluate", "none", "alert")
+    return told is not None and any(one.stage not in ("evaluate", "none", "alert") for one in told.every)
 
 
 def _harm(looks: Sequence[Look], *, since_s: float) -> list[Any]:
