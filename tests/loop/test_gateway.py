@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fake_engine import FakeEngine
 from gateway_process import HELLO, asking, gateway, until
 
 from fmops.deployment.rollout.evidence import signals_of
+from fmops.deployment.serving.gateway import upstream
 from fmops.deployment.serving.gateway.desk import Limits
 from fmops.deployment.serving.routes import Routes, Target
 
@@ -379,6 +381,34 @@ def test_a_broken_stream_ends_with_an_error_event(door, mark, words):
     assert (trace.finish_reason, trace.status) == ("error", 200)
     assert words in trace.error
     assert trace.response.startswith("release-old ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_falls_silent_is_given_up(tmp_path, monkeypatch, stream):
+    monkeypatch.setattr(upstream, "QUIET_S", 0.3)
+    with FakeEngine("release-old") as engine, gateway(tmp_path, engine) as door:
+        answer = door.client.post(CHAT, json=asking("[wait]", stream=stream))
+        assert "the engine was silent for too long" in answer.text
+        assert answer.status_code == (200 if stream else 502)
+        traces = door.traces(1 if stream else 2)
+        # It is told to stop.
+        until(lambda: engine.left == len(traces))
+    assert {trace.error for trace in traces} == {"the engine was silent for too long"}
+
+
+def test_a_client_that_reads_slowly_is_no_silent_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(upstream, "QUIET_S", 0.3)
+    with FakeEngine("release-old") as engine, gateway(tmp_path, engine) as door:
+        engine.words = ["x" * 20_000] * 1000
+        with door.client.stream("POST", CHAT, json={**HELLO, "stream": True}) as answer:
+            pieces = answer.iter_raw()
+            text = next(pieces)
+            threading.Event().wait(1.0)
+            text += b"".join(pieces)
+        assert text.endswith(b"data: [DONE]\n\n")
+        assert text.count(b"x" * 20_000) == 1000
+        [trace] = door.traces(1)
+        assert (trace.status, trace.error, trace.completion_tokens) == (200, None, 1000)
 
 
 def test_a_canary_that_breaks_is_replaced_by_the_champion_once(tmp_path, champion):

@@ -155,7 +155,7 @@ class Answering(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         last = b""
         try:
-            async for events in reply.events():
+            while events := await reply.events():
                 exchange.first = exchange.first or self._desk.clock()
                 exchange.received.append(events)
                 last = events

@@ -7,8 +7,9 @@ Refuses: an engine that keeps failing (its circuit is open), one that stays full
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -36,6 +37,15 @@ class Reply:
     _circuit: Circuit = field(repr=False)
     _line: Line = field(repr=False)
     _open: bool = field(default=True, repr=False)
+    _held: bytes = field(default=b"", repr=False)
+    """The beginning of an event whose end has not come."""
+    _waiting_since: float = field(default=math.inf, repr=False)
+    """Of the loop's clock; infinite while nobody waits for the engine: a slow client is no silent engine."""
+    _timer: asyncio.TimerHandle | None = field(default=None, repr=False)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, repr=False)
+
+    def __post_init__(self) -> None:
+        self._listen()
 
     async def body(self) -> bytes:
         """All of it.
@@ -43,44 +53,65 @@ class Reply:
         Raises:
             EngineDown: the engine broke off.
         """
+        pieces = []
         try:
-            body = await self._response.read()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            self._circuit.failed()
-            raise EngineDown(_reason(error), sent=True) from error
+            while piece := await self._read():
+                pieces.append(piece)
         finally:
             self.close()
         if self.status < 500:
             self._circuit.succeeded()
-        return body
+        return b"".join(pieces)
 
-    async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events as they come, several at once where they arrive so; each ends with an empty line.
+    async def events(self) -> bytes:
+        """Server-sent events, as soon as one is whole, several where they came together; nothing at the end.
+
+        Each ends with an empty line.
 
         Raises:
             EngineDown: the engine broke off.
         """
-        held = b""
+        while piece := await self._read():
+            held = self._held + piece if self._held else piece
+            end = held.rfind(b"\n\n") + 2
+            if end > 1:
+                self._held = held[end:]
+                return held[:end]
+            self._held = held
+        self._circuit.succeeded()
+        self.close()
+        return b""
+
+    async def _read(self) -> bytes:
+        """What has come of the body, waited for; nothing at its end."""
+        self._waiting_since = self._loop.time()
         try:
-            async for piece in self._response.content.iter_any():
-                held += piece
-                end = held.rfind(b"\n\n") + 2
-                if end > 1:
-                    yield held[:end]
-                    held = held[end:]
+            return await self._response.content.readany()
         except (aiohttp.ClientError, TimeoutError) as error:
             self._circuit.failed()
-            raise EngineDown(_reason(error), sent=True) from error
-        else:
-            self._circuit.succeeded()
-        finally:
             self.close()
+            raise EngineDown(_reason(error), sent=True) from error
+        finally:
+            self._waiting_since = math.inf
+
+    def _listen(self) -> None:
+        """End the wait for an engine that has been silent for too long; look again when that may be.
+
+        One timer a response: aiohttp's own is set anew with every piece, a tenth of what a piece costs.
+        """
+        now = self._loop.time()
+        if now - self._waiting_since >= QUIET_S:
+            self._response.content.set_exception(TimeoutError())
+        else:
+            self._timer = self._loop.call_at(min(self._waiting_since, now) + QUIET_S, self._listen)
 
     def close(self) -> None:
         """Give the place back, once; hang up, unless the response is complete: the engine then stops its work."""
         if not self._open:
             return
         self._open = False
+        if self._timer:
+            self._timer.cancel()
         self._line.leave()
         if self._response.content.at_eof():
             self._response.release()
@@ -92,7 +123,7 @@ class Upstream:
     """Connections to every engine. Lives on one event loop."""
 
     def __init__(self, *, key: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=QUIET_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers)
@@ -155,7 +186,8 @@ class Upstream:
         circuit.enter()
         headers = {**headers, "Content-Type": "application/json"}
         try:
-            response = await self._session.post(target.url + path, data=body, headers=headers)
+            async with asyncio.timeout(QUIET_S):
+                response = await self._session.post(target.url + path, data=body, headers=headers)
         except (aiohttp.ClientError, TimeoutError) as error:
             circuit.failed()
             sent = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
