@@ -94,8 +94,13 @@ def wait_for(url: str) -> None:
             time.sleep(0.05)
 
 
-def measure(*, rounds: int, requests: int, token_s: float) -> dict[str, Any]:
-    """Both ways in turn; CPU of the gateway a request, and tokens a second through it over those without it."""
+def measure(*, rounds: int, requests: int, token_s: float, together: bool = False) -> dict[str, Any]:
+    """Both ways in turn; CPU of the gateway a request, and tokens a second through it over those without it.
+
+    Args:
+        together: all answers get their next token in one moment, as from an engine that steps its batch; otherwise
+            each has its own moments, which is the dearest for a gateway.
+    """
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         workspace = Path(scratch)
@@ -105,7 +110,8 @@ def measure(*, rounds: int, requests: int, token_s: float) -> dict[str, Any]:
             Routes(champion=Target(release="release-a", url=engine_url)), expected=0
         )
         _, key = KeyRing(workspace / "keys.json").add("bench")
-        engine = subprocess.Popen([sys.executable, str(FAKE), str(engine_port), "release-a", str(TOKENS), str(token_s)])
+        paced = [str(TOKENS), str(token_s), *(["together"] if together else [])]
+        engine = subprocess.Popen([sys.executable, str(FAKE), str(engine_port), "release-a", *paced])
         gateway = subprocess.Popen([sys.executable, "-c", SERVE, str(workspace), str(port)], stdout=subprocess.DEVNULL)
         try:
             wait_for(engine_url), wait_for(url)
@@ -146,8 +152,9 @@ def main() -> None:
         "instant": measure(rounds=rounds, requests=requests, token_s=0.0),
         "paced_5_ms_a_token": measure(rounds=min(rounds, 5), requests=min(requests, 160), token_s=0.005),
         "paced_25_ms_a_token": measure(rounds=min(rounds, 3), requests=min(requests, 96), token_s=0.025),
+        "steps_of_25_ms": measure(rounds=min(rounds, 3), requests=min(requests, 96), token_s=0.025, together=True),
     }  # fmt: skip
-    for upstream in ("instant", "paced_5_ms_a_token", "paced_25_ms_a_token"):
+    for upstream in ("instant", "paced_5_ms_a_token", "paced_25_ms_a_token", "steps_of_25_ms"):
         print(f"{upstream}: {STREAMS} at once, {TOKENS} tokens an answer")
         for name, value in found[upstream].items():
             low, high = value["range"]

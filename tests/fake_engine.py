@@ -1,6 +1,7 @@
 """An engine that answers at once with what the test says: a real server on a socket, without a model.
 
-Enters: a port and a release (`python tests/fake_engine.py PORT RELEASE [tokens] [seconds a token]`), or `FakeEngine`.
+Enters: a port and a release (`python tests/fake_engine.py PORT RELEASE [tokens] [seconds a token] [together]`), or
+`FakeEngine`.
 Leaves: OpenAI-shaped answers whose text names the release. Marks in the prompt make it misbehave (see `MARKS`).
 Refuses: nothing.
 """
@@ -27,8 +28,10 @@ MARKS = {
 class FakeEngine:
     """Serves from a thread of its own; `seen` are the bodies it got, `left` counts clients that hung up early."""
 
-    def __init__(self, release: str, *, port: int = 0, tokens: int = 4, token_s: float = 0.0) -> None:
-        self.release, self._tokens, self._token_s = release, tokens, token_s
+    def __init__(
+        self, release: str, *, port: int = 0, tokens: int = 4, token_s: float = 0.0, together: bool = False
+    ) -> None:  # fmt: skip
+        self.release, self._tokens, self._token_s, self._together = release, tokens, token_s, together
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -130,7 +133,7 @@ class FakeEngine:
             said = {"delta": {"content": word}} if chat else {"text": word}
             finish = "stop" if number == len(words) - 1 else None
             _chunk(writer, {**frame, "choices": [{"index": 0, **said, "finish_reason": finish}]})
-            await asyncio.sleep(self._token_s)
+            await asyncio.sleep(self._until_next())
             if number == 1:
                 if "[break]" in text:
                     return False
@@ -142,6 +145,10 @@ class FakeEngine:
         _chunk(writer, {**frame, "choices": [], "usage": usage})
         writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
         return True
+
+    def _until_next(self) -> float:
+        """Seconds to the next token: to one of this answer, or to the step that advances all answers together."""
+        return self._token_s - self._loop.time() % self._token_s if self._together else self._token_s
 
     async def _pause(self, text: str, reader: asyncio.StreamReader) -> bool:
         """Wait where the test asks for it; False when the client hangs up meanwhile."""
@@ -177,4 +184,5 @@ def _chunk(writer, value: dict) -> None:
 if __name__ == "__main__":
     port, release, *rest = sys.argv[1:]
     tokens, token_s = (int(rest[0]) if rest else 4), (float(rest[1]) if len(rest) > 1 else 0.0)
-    asyncio.run(FakeEngine(release, port=int(port), tokens=tokens, token_s=token_s).serve())
+    engine = FakeEngine(release, port=int(port), tokens=tokens, token_s=token_s, together="together" in rest)
+    asyncio.run(engine.serve())
