@@ -33,7 +33,7 @@ quickstart-tiny: setup
 	fmops run --spec quickstart/tiny.yaml --workspace quickstart/.fmops-tiny
 
 test: setup tools
-	pytest -n 2 --dist loadgroup
+	pytest -n 2 --dist loadgroup --durations 40 --durations-min 8
 
 # What the tests of the infrastructure call: helm and promtool, checkov in an environment of its own.
 tools: $(READY)

@@ -136,7 +136,7 @@ def recovered(outcomes: list[Outcome], *, start: float, over: float) -> float | 
 def draw(found: dict[str, Any]) -> str:
     """The curves as a picture: rates above, times below, on one axis of seconds."""
     by, calm, flood_s = found["by_second"], found["calm_s"], found["seconds"]
-    width, left, right = 760, 62, 16
+    width, left, right = 760, 62, 34
     length = len(by["asked"])
 
     def across(second: float) -> float:
@@ -163,7 +163,7 @@ def draw(found: dict[str, Any]) -> str:
         (left, 16, "requests a second", "#1d1c1a"), (left + 150, 16, "asked", "#8a8275"),
         (left + 205, 16, "answered", "#14715c"), (left + 285, 16, "turned away (429)", "#b1362b"),
         (left, 236, "seconds to the whole answer, median", "#1d1c1a"),
-        (across(calm) + 5, 34, f"{found['offered_per_s'] / found['capacity_per_s']['before']:g} × capacity", "#67625a"),
+        (across(calm) + 5, 34, f"{found['offered_per_s'] / found['capacity_per_s']['before']:.3g} × capacity", "#67625a"),
     ]  # fmt: skip
     ticks = [(across(at), 378, f"{at:g} s", "#67625a") for at in range(0, length + 1, 15)]
     shade = (

@@ -15,7 +15,7 @@ import urllib.request
 from importlib.resources import files
 from typing import Any
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 WITH_TRAFFIC = ("Requests by arm", "Failed requests", "Tokens", "Requests under way", "Alarms")
 """Panels that must show something once a few questions were answered; others wait for a rollout, an alarm, a vote."""
 

@@ -209,7 +209,7 @@ def test_killed_inside_a_look_nothing_counts_twice(store, site):
 
 
 def test_without_a_champion_there_is_nothing_to_watch(tmp_path):
-    with pytest.raises(FmopsError, match="there is no champion to watch"):
+    with pytest.raises(FmopsError, match="has no champion to watch"):
         Watcher(Store(tmp_path), POLICY).look()
 
 

@@ -68,7 +68,7 @@ def test_a_mistake_is_said_and_the_next_look_goes_on(tmp_path):
     looks = process.Looks(store, POLICY, say=said.append, clock=lambda: now[0])
     now[0] = 200.0
     looks.look()
-    assert "error: there is no champion to watch" in said[0]
+    assert "has no champion to watch" in said[0]
     assert looks.seconds_since() == 200
     store.move_aliases({"champion": "release-champion"}, expected={"champion": None}, why="test")
     looks.look()

@@ -62,11 +62,18 @@ class SeeingLM(SharedPrefixLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        raise FmopsError("bits per byte of a model that reads pictures are not measured here. Leave the suite out.")
+        raise FmopsError(
+            f"{requests[0].task_name} asks for bits per byte, which are not measured of a model that reads pictures. "
+            "Leave the suite out."
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        if any((request.doc or {}).get(PICTURE) for request in requests):
-            raise FmopsError("questions about pictures are multiple choice here. Set output_type so.")
+        shown = next((request for request in requests if (request.doc or {}).get(PICTURE)), None)
+        if shown is not None:
+            raise FmopsError(
+                f"{shown.task_name} asks for text about pictures, and questions about pictures are multiple choice here. "
+                "Set its output_type to multiple_choice."
+            )
         texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
 

@@ -47,7 +47,7 @@ def load_model(folder: Path) -> Any:
     """
     if reads_pictures(folder):
         raise FmopsError(
-            "this model reads pictures, and instruction tuning alone trains such a one (instruct, `adapter: full`). "
+            f"{folder} reads pictures, and instruction tuning alone trains such a one (instruct, `adapter: full`). "
             "Leave pretrain and align out, or name a language model as base."
         )
     return AutoModelForCausalLM.from_pretrained(

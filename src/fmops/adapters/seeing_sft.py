@@ -59,9 +59,13 @@ def train(
 ) -> Trained:
     """Tune the model in `source`; write `out/model`."""
     if config.adapter != "full":
-        raise FmopsError("a model that reads pictures is tuned with every weight: set instruct.adapter to full.")
+        raise FmopsError(
+            f"instruct.adapter is {config.adapter}, and a model that reads pictures is tuned with every weight. Set it to full."
+        )
     if ranks.world() > 1:
-        raise FmopsError("a model that reads pictures is tuned in one process: leave runtime.processes out.")
+        raise FmopsError(
+            f"runtime.processes is {ranks.world()}, and a model that reads pictures is tuned in one process. Leave it out."
+        )
     prepare(context)
     work = out / ".work"
     work.mkdir(parents=True, exist_ok=True)

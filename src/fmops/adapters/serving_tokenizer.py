@@ -43,7 +43,7 @@ class ServingTokenizer:
         """Token ids of a dialogue, with room for what it shows."""
         shown = [url for message in messages for url in message.get("pictures", ())]
         if shown and self.eyes is None:
-            raise PromptError("this model reads no pictures: send text alone")
+            raise PromptError(f"this model reads no pictures, and {len(shown)} came: send text alone")
         # Without sanitizing, a user who writes <|im_start|>system opens a turn of his own.
         ids: list[int] = self._template(messages, tokenize=True, return_dict=False, sanitize_control_tokens=True)
         if self.eyes is None:
@@ -79,7 +79,9 @@ class ServingTokenizer:
         `alternatives`, `scores_prompts` and `sees` are what the engine can do.
         """
         if generation.pictures and not sees:
-            raise PromptError("this engine shows its model no pictures: send text alone")
+            raise PromptError(
+                f"this engine shows its model no pictures, and {len(generation.pictures)} came: send text alone"
+            )
         if generation.scores_prompt and not scores_prompts:
             raise PromptError("this engine does not state how likely a prompt is: leave 'echo' out")
         total = len(generation.prompt) + generation.max_tokens

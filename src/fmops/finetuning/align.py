@@ -51,7 +51,10 @@ def align(
     train_set = read(preferences.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
     held_out = read(preferences.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
     if not train_set:
-        raise FmopsError("no preference can be learnt from. See the notes above, and name another source.")
+        raise FmopsError(
+            f"none of {preferences.path / 'train.jsonl'} can be learnt from by {config.method}. See the notes above, and "
+            "name another source."
+        )
     given: dict[str, Any] = {"examples": train_set, "held_out": held_out}
     if config.method == "grpo":
         given["rewards"] = load_rewards(config.reward, rewards, [*train_set, *held_out])

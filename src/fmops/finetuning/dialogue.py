@@ -67,7 +67,7 @@ def encode_dialogue(messages: Sequence[Message], *, tokenizer: Any) -> Encoded:
             if mine and start <= left and right <= end
         ]
         if tokenizer.decode(chosen).strip() != text[start:end].strip():
-            raise Unusable("a token crosses the border between prompt and answer")
+            raise Unusable(f"a token crosses the border before or after the answer {text[start:end].strip()[:40]!r}")
     return Encoded(tuple(ids), tuple(learnt))
 
 
@@ -100,7 +100,7 @@ def _answers(
             )
         spans.append((len(before), end))
     if not spans:
-        raise Unusable("it has no answer of the assistant")
+        raise Unusable(f"none of its {len(messages)} messages is an answer of the assistant")
     return whole, spans
 
 

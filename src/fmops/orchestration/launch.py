@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, StageFailed
-from fmops.orchestration.execute import MICRO_BATCH_PARTS, PARENT
+from fmops.orchestration.execute import MICRO_BATCH_PARTS, PARENT, TRAINING
 from fmops.orchestration.project import Project
 from fmops.orchestration.watchdog import IDLE_S, Pulse, killed_when_idle, memory_kills
 from fmops.store import Record
@@ -27,7 +27,6 @@ from fmops.store import Record
 Event = dict[str, Any]
 RESTARTS = 3
 """Times that a stage is started again after it hung or ran out of memory."""
-TRAINING = ("pretrain", "instruct", "align")
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,9 @@ class Controller:
             if record.kind != Release.kind:
                 raise FmopsError(f"{record.key} is no release, but a {record.kind}. Name one of stage release.")
             if champion is None:
-                raise FmopsError("there is no champion to compare with. The first release serves at once: `fmops up`.")
+                raise FmopsError(
+                    f"there is no champion to compare {record.key} with. The first release serves at once: `fmops up`."
+                )
             if seen and seen != champion:
                 raise RolloutConflict(f"the champion is {champion} by now, no longer {seen}. Look again, then decide.")
             if champion == record.key:
