@@ -260,6 +260,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _keep_weights(self, model: Any, step: int) -> None:
         if self._keeps:
+            # The weights before go first: memory holds one copy, not two.
+            self._kept.clear()
             self._kept, self.kept_step = _trainable(model), step
 
     def _tokens(self, step: int) -> int:
