@@ -157,13 +157,14 @@ def draw(found: dict[str, Any]) -> str:
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
         return parts
 
-    times = [value for value in by["median_s"] if value is not None]
-    most_rate, most_s = _round_up(max(by["asked"])), _round_up(max(times))
+    waited = [value for value in by["median_s"] if value is not None]
+    most_rate, most_s = _round_up(max(by["asked"])), _round_up(max(waited))
+    times = found["offered_per_s"] / found["capacity_per_s"]["before"]
     words = [
         (left, 16, "requests a second", "#1d1c1a"), (left + 150, 16, "asked", "#8a8275"),
         (left + 205, 16, "answered", "#14715c"), (left + 285, 16, "turned away (429)", "#b1362b"),
         (left, 236, "seconds to the whole answer, median", "#1d1c1a"),
-        (across(calm) + 5, 34, f"{found['offered_per_s'] / found['capacity_per_s']['before']:.3g} × capacity", "#67625a"),
+        (across(calm) + 5, 34, f"{times:.3g} × capacity", "#67625a"),
     ]  # fmt: skip
     ticks = [(across(at), 378, f"{at:g} s", "#67625a") for at in range(0, length + 1, 15)]
     shade = (

@@ -71,7 +71,7 @@ class SeeingLM(SharedPrefixLM):
         shown = next((request for request in requests if (request.doc or {}).get(PICTURE)), None)
         if shown is not None:
             raise FmopsError(
-                f"{shown.task_name} asks for text about pictures, and questions about pictures are multiple choice here. "
+                f"{shown.task_name} asks for text about pictures; questions about pictures are multiple choice here. "
                 "Set its output_type to multiple_choice."
             )
         texts: list[str] = super().generate_until(requests, disable_tqdm)

@@ -60,11 +60,11 @@ def train(
     """Tune the model in `source`; write `out/model`."""
     if config.adapter != "full":
         raise FmopsError(
-            f"instruct.adapter is {config.adapter}, and a model that reads pictures is tuned with every weight. Set it to full."
+            f"instruct.adapter is {config.adapter}, but a model that reads pictures is tuned with every weight: set full."
         )
     if ranks.world() > 1:
         raise FmopsError(
-            f"runtime.processes is {ranks.world()}, and a model that reads pictures is tuned in one process. Leave it out."
+            f"runtime.processes is {ranks.world()}, but a model that reads pictures is tuned in one: leave it out."
         )
     prepare(context)
     work = out / ".work"

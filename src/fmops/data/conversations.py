@@ -82,7 +82,9 @@ class _Album:
             FmopsError: the base model reads no pictures, or the name fits no file of the source, or several.
         """
         if not self._sees:
-            raise FmopsError(f"a conversation shows the picture {named!r}, and the base model reads none. Name one that does.")
+            raise FmopsError(
+                f"a conversation shows picture {named!r}, and the base model reads none. Name one that does."
+            )
         wanted = str(named).removeprefix("./")
         found = [file for name, file in self._files.items() if name == wanted or name.endswith(f"/{wanted}")]
         if len(found) != 1:

@@ -52,8 +52,8 @@ def align(
     held_out = read(preferences.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
     if not train_set:
         raise FmopsError(
-            f"none of {preferences.path / 'train.jsonl'} can be learnt from by {config.method}. See the notes above, and "
-            "name another source."
+            f"{config.method} can learn from none of {preferences.path / 'train.jsonl'}. See the notes above, and name "
+            "another source."
         )
     given: dict[str, Any] = {"examples": train_set, "held_out": held_out}
     if config.method == "grpo":

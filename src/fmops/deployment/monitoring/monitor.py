@@ -71,7 +71,7 @@ class Watcher:
         """
         champion = self._store.aliases().get("champion")
         if champion is None:
-            raise FmopsError(f"{self._store.root} has no champion to watch. `fmops run` makes one, `fmops up` serves it.")
+            raise FmopsError(f"{self._store.root} has no champion to watch. `fmops run` makes one.")
         # Asking the engine and the judge takes seconds: whoever else looks must not wait for it.
         asked = self._ask_golden(champion, self.read())
         judged, judge_error = self._ask_judge(champion, self.read())
