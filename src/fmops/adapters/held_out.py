@@ -26,8 +26,6 @@ DIALOGUE_TOKENS = 4096
 """Held-out dialogues scored before and after, in tokens."""
 DOCUMENT_TOKENS = 256
 """Tokens scored of one document, so that several documents are heard."""
-PART_TOKENS = 128
-"""Tokens whose logits are in float32 at a time."""
 
 
 class Dialogue(Protocol):
@@ -136,9 +134,7 @@ def total_loss(model: Any, blocks: Sequence[Block], *, dtype: torch.dtype) -> tu
             learnt = labels != IGNORED
             if not learnt.any():
                 continue
-            logits = model(**batch).logits[0, :-1][learnt]
-            # In parts: of 1,024 tokens and 49,152 words the logits in float32 and their logarithms would be 0.4 GB.
-            for part, wanted in zip(logits.split(PART_TOKENS), labels[learnt].split(PART_TOKENS), strict=True):
-                nats += float(torch.nn.functional.cross_entropy(part.float(), wanted, reduction="sum"))
+            logits = model(**batch).logits[0, :-1][learnt].float()
+            nats += float(torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum"))
             tokens += int(learnt.sum())
     return nats, tokens
