@@ -63,8 +63,8 @@ class SeeingLM(SharedPrefixLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         raise FmopsError(
-            f"{requests[0].task_name} asks for bits per byte, which are not measured of a model that reads pictures. "
-            "Leave the suite out."
+            f"{len(requests)} documents are to be scored, and bits per byte are not measured of a model that reads "
+            "pictures. Leave the suite out."
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -60,7 +60,7 @@ def train(
     """Tune the model in `source`; write `out/model`."""
     if config.adapter != "full":
         raise FmopsError(
-            f"a model that reads pictures is tuned with every weight: set instruct.adapter to full, not {config.adapter}."
+            f"a model that reads pictures learns with every weight: set instruct.adapter to full, not {config.adapter}."
         )
     if ranks.world() > 1:
         raise FmopsError(

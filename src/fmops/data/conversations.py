@@ -83,7 +83,7 @@ class _Album:
         """
         if not self._sees:
             raise FmopsError(
-                f"a conversation shows picture {named!r}, and the base model reads none. Name one that does."
+                f"a conversation shows {named!r}, and the base model reads no pictures. Name one that does."
             )
         wanted = str(named).removeprefix("./")
         found = [file for name, file in self._files.items() if name == wanted or name.endswith(f"/{wanted}")]
