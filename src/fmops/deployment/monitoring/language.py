@@ -52,9 +52,7 @@ def language(text: str) -> str | None:
     words = _WORD.findall(sample.lower())
     if len(words) < MIN_WORDS:
         return None
-    counts: Counter[str] = Counter()
-    for word in words:
-        counts.update(_LANGUAGES_OF.get(word, ()))
+    counts = Counter(name for word in words for name in _LANGUAGES_OF.get(word, ()))
     ranked = counts.most_common(2)
     if not ranked or ranked[0][1] * 8 < len(words):
         return None
