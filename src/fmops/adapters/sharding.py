@@ -3,8 +3,8 @@
 Enters: a model with plain parameters, a process group. Leaves: the same model in shards; its tensors whole.
 Refuses: a form of its own on disk: resume states and artifacts are those of one process, so any number reads them.
 
-Gathering costs each process the memory of the whole for a moment. Models for which that is too much want states in
-shards (torch.distributed.checkpoint), which FMOps does not write (docs/design/0016-past-one-process.md).
+Gathering goes tensor by tensor through the device; the whole is in host memory. Models for which that is too much want
+states in shards (torch.distributed.checkpoint), which FMOps does not write (docs/design/0016-past-one-process.md).
 """
 
 from __future__ import annotations
@@ -109,14 +109,15 @@ def whole_state(model: Any) -> dict[str, torch.Tensor] | None:
     return found
 
 
-def whole_optimizer(optimizer: Any) -> dict[str, Any]:
-    """Its state as one process would save it."""
+def whole_optimizer(optimizer: Any) -> dict[str, Any] | None:
+    """Its state as one process would save it, on the first rank, in the host's memory: no device holds all moments."""
     state = optimizer.state_dict()
-    whole_of = {
-        index: {key: whole(value) if torch.is_tensor(value) else value for key, value in moments.items()}
-        for index, moments in state["state"].items()
-    }
-    return {**state, "state": whole_of}
+    found: dict[int, dict[str, Any]] = {}
+    for index, moments in state["state"].items():
+        full = {key: whole(value).cpu() if torch.is_tensor(value) else value for key, value in moments.items()}
+        if ranks.rank() == 0:
+            found[index] = full
+    return None if ranks.rank() else {**state, "state": found}
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -142,7 +143,10 @@ def load_weights(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 def made_whole(model: Any) -> Any:
-    """The same model in plain parameters, on every rank; it is not trained any more."""
+    """The same model in plain parameters in every rank's host memory, which held it when it was loaded.
+
+    It is not trained any more; a device need not hold it whole.
+    """
     if not is_sharded(model):
         return model
     settle(model)
@@ -152,7 +156,8 @@ def made_whole(model: Any) -> Any:
             if isinstance(parameter, DTensor):
                 # Tied weights stay one parameter.
                 if id(parameter) not in done:
-                    done[id(parameter)] = torch.nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+                    full = whole(parameter.detach()).cpu()
+                    done[id(parameter)] = torch.nn.Parameter(full, parameter.requires_grad)
                 module._parameters[name] = done[id(parameter)]
         if isinstance(module, FSDPModule):
             # `fully_shard` gave it a class of its own, whose second base is the plain one.
