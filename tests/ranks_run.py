@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training_inputs import a_checkpoint, a_corpus, some_conversations
+from training_inputs import a_checkpoint, a_corpus, some_benchmarks, some_conversations
 
 from fmops.artifacts import Checkpoint
 from fmops.errors import StageFailed
+from fmops.jobs import BenchmarksJob
 from fmops.lifecycle import Instruct, Pretrain
 from fmops.orchestration.ranks import failure_reported, run_in_ranks, run_rank, write_job
 from fmops.stage import STAGES, StageContext
@@ -24,15 +25,24 @@ from fmops.stage import STAGES, StageContext
 # Three blocks a step: two processes cannot share them evenly. A generous ceiling: kept weights must come back, too.
 CASES = {
     "pretrain": Pretrain(tokens=2300, batch_tokens=384, learning_rate=1e-3, checkpoints=3, old_domain_ceiling=9.0),
-    "pretrain-lora": Pretrain(tokens=1500, batch_tokens=384, learning_rate=1e-3, checkpoints=3, tuning="lora"),
-    "instruct": Instruct(batch_tokens=450, block_tokens=150, learning_rate=1e-3, checkpoints=3),
-}
+    "pretrain-lora": Pretrain(
+        tokens=1500, batch_tokens=384, learning_rate=1e-3, checkpoints=3, tuning="lora",
+        suites=("words.yaml",), suite_items=8, evaluations=2, keep="best", metric="words",
+    ),
+    "instruct": Instruct(
+        batch_tokens=450, block_tokens=150, learning_rate=1e-3, checkpoints=3,
+        suites=("words.yaml",), suite_items=8, evaluations=3, keep="best", metric="words",
+    ),
+}  # fmt: skip
 
 
 def given(case: str, inputs: Path) -> dict[str, Any]:
     """Function, config and input artifacts of a case; `inputs` has a folder `model`."""
     model = inputs / "model"
     artifacts: dict[str, Any] = {"checkpoint": a_checkpoint(inputs / "base", model)}
+    if CASES[case].suites:
+        watched = BenchmarksJob(suites=(), watched={"words.yaml": 8})
+        artifacts["benchmarks"] = some_benchmarks(inputs / "benchmarks", watched)
     if case == "instruct":
         artifacts["conversations"] = some_conversations(inputs / "talk", train=48)
     else:

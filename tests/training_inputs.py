@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from fmops.artifacts import Checkpoint, Conversations, Corpus, Preferences, Source
+from fmops.artifacts import Benchmarks, Checkpoint, Conversations, Corpus, Preferences, Source, SourceFile
+from fmops.jobs import BenchmarksJob
 from fmops.sources import resolve
+from fmops.stage import StageContext
 
 NAMES = sorted(topics)
 
@@ -153,6 +157,58 @@ def some_rewards(folder: Path, text: str = REWARDS) -> Source:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rewards.py").write_text(text)
     return resolve("rewards.py", root=folder, cache=folder / "cache")
+
+
+SUITE = """\
+suite: {name}
+family: {name}
+about: Which word comes next in Python's documentation.
+margin: 0.05
+unit: accuracy
+higher_is_better: true
+tasks:
+  {name}-words:
+    source: items.jsonl
+    key: question
+    cluster: passage
+    metrics: [acc]
+    config:
+      output_type: multiple_choice
+      doc_to_text: "{{{{question}}}}"
+      doc_to_choice: choices
+      doc_to_target: label
+      target_delimiter: ""
+"""
+
+
+def questions_of(count: int = 60) -> list[dict[str, object]]:
+    """Two about each passage: does a common letter come next, or a rare one? Each is one token to the tiny model."""
+    return [
+        {"question": f"In part {n} of the text it is:", "choices": [*pair], "label": 0, "passage": n // 2}
+        for n, pair in zip(range(count), itertools.cycle(("sq", "dj", "yz", "rQ", "eX", "nZ", "tV")))
+    ]
+
+
+def _source(path: Path, text: str) -> Source:
+    path.write_text(text)
+    return Source(uri=path.name, files=(SourceFile(path=path, name=path.name, sha256="", bytes=len(text)),))
+
+
+def some_benchmarks(
+    folder: Path, job: BenchmarksJob, *, rows: list[dict[str, object]] | None = None, seed: int = 7
+) -> Benchmarks:
+    """The benchmarks artifact of suites named `<name>.yaml`, all over the same items."""
+    from fmops.evaluation.benchmarks import prepare_benchmarks
+
+    out = folder / "out"
+    out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows or questions_of())
+    sources = {}
+    for index, name in enumerate(job.named):
+        suite = name.removesuffix(".yaml")
+        sources[f"suite_{index}"] = _source(folder / name, SUITE.format(name=suite))
+        sources[f"items_{suite}_words"] = _source(folder / f"{suite}.jsonl", lines)
+    return prepare_benchmarks(job, out=out, context=StageContext(seed=seed, stream=io.StringIO()), **sources)
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:

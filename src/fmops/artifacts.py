@@ -104,18 +104,21 @@ class Preferences(Artifact):
 
 class Benchmarks(Artifact):
     """The pinned evaluation items: `tasks.json` (lm-evaluation-harness task configs with suite and family),
-    and `items/<task>.jsonl` (the documents of each task). Curation decontaminates against all of them."""
+    and `items/<task>.jsonl` (the documents of each task); the same for what is scored while a model trains, none of it
+    among those: `watched.json` (tasks by suite as the spec names it), `watched/<task>.jsonl`. Curation decontaminates
+    against all of them."""
 
     kind: ClassVar[str] = "benchmarks"
     items: dict[str, int] = Field(description="Items per task.")
+    watched: dict[str, int] = Field(default={}, description="Items per task, scored while a model trains.")
 
 
 class Checkpoint(Artifact):
     """Weights and tokenizer in `model/` (safetensors, Hugging Face layout), LoRA already merged.
 
     Beside it: `curve.jsonl` (one row a logged step: `step`, `tokens`, `loss`, and at evaluations
-    `new_bits_per_byte`, `old_bits_per_byte`), `adapter/` where LoRA was trained, `quarantine.jsonl` where steps
-    were not applied (`step`, `why`, `item`, `blocks`).
+    `new_bits_per_byte`, `old_bits_per_byte`, watched suites by name), `adapter/` where LoRA was trained,
+    `quarantine.jsonl` where steps were not applied (`step`, `why`, `item`, `blocks`).
     """
 
     kind: ClassVar[str] = "checkpoint"

@@ -57,15 +57,18 @@ def _outside(spec: Lifecycle) -> Iterator[Problem]:
         asked = {
             ("pretrain", "tuning"): pretrain.tuning == "lora" and "tuning lora",
             ("pretrain", "keep"): pretrain.keep == "best" and "keep best",
+            ("pretrain", "suites"): pretrain.suites and "suites",
             ("pretrain", "on_ceiling"): pretrain.on_ceiling == "adjust" and "on_ceiling adjust",
             ("runtime", "launcher"): spec.runtime.launcher == "ray" and "runtime.launcher ray",
         }
         for at, name in asked.items():
             if name:
                 yield at, f"pretrain.framework torchtitan has no {name}. Drop it, or set framework to transformers."
-    if instruct and instruct.framework == "llama-factory" and instruct.keep == "best":
-        text = "instruct.framework llama-factory has no keep best. Drop it, or set framework to trl."
-        yield ("instruct", "keep"), text
+    if instruct and instruct.framework == "llama-factory":
+        for key, name in (("keep", instruct.keep == "best" and "keep best"), ("suites", instruct.suites and "suites")):
+            if name:
+                text = f"instruct.framework llama-factory has no {name}. Drop it, or set framework to trl."
+                yield ("instruct", key), text
 
 
 def _judging(spec: Lifecycle) -> Iterator[Problem]:

@@ -23,9 +23,17 @@ class BenchmarksJob(Frozen):
 
     suites: tuple[str, ...]
     limit: int | None = None
+    watched: dict[str, int] = Field(
+        default={}, description="Suites scored while a model trains, and their items a task: others than those above."
+    )
     texts: dict[str, str] = Field(
         default={}, description="SHA-256 of each packaged suite's text: another version of FMOps may ask otherwise."
     )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """Every suite once; the n-th one's own file arrives as `suite_<n>`."""
+        return tuple(dict.fromkeys((*self.suites, *self.watched)))
 
 
 class CorpusPart(Frozen):

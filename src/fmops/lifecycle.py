@@ -91,7 +91,20 @@ class Curate(Frozen):
     block_tokens: int = Field(1024, ge=64, description="Longest training sequence; documents never see each other.")
 
 
-class Pretrain(Frozen):
+class Measured(Frozen):
+    """What is measured while it trains, and which weights are kept."""
+
+    suites: Names = Field((), description="Scored beside the held-out losses, on items that the gate never asks.")
+    suite_items: int = Field(100, ge=2, description="Items a task of these suites, chosen by seed.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="`best` keeps the weights of the measurement that is best in `metric`."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="With keep best: measurements in a row without a better one that end training."
+    )
+
+
+class Pretrain(Measured):
     """Continued pretraining."""
 
     framework: Literal["transformers", "torchtitan"] = "transformers"
@@ -107,18 +120,12 @@ class Pretrain(Frozen):
     on_ceiling: Literal["stop", "adjust"] = Field(
         "stop", description="`adjust` goes back below the ceiling and on at half the rate, three times at most."
     )
-    evaluations: int = Field(4, ge=1, description="How often the held-out losses are measured, the end included.")
-    keep: Literal["last", "best"] = Field(
-        "last", description="`best` keeps the weights of the measurement that is lowest in `metric`."
-    )
-    metric: Literal["new_bits_per_byte", "old_bits_per_byte"] = "new_bits_per_byte"
-    patience: int | None = Field(
-        None, ge=1, description="With keep best: measurements in a row without a better one that end training."
-    )
+    evaluations: int = Field(4, ge=1, description="How often losses and suites are measured, the end included.")
+    metric: str = Field("new_bits_per_byte", description="Or old_bits_per_byte, or the name of one of `suites`.")
     checkpoints: int = Field(4, ge=1, description="How often a resume state is written, spread evenly.")
 
 
-class Instruct(Frozen):
+class Instruct(Measured):
     """Instruction tuning: loss on the assistant's tokens only."""
 
     framework: Literal["trl", "llama-factory"] = "trl"
@@ -133,13 +140,8 @@ class Instruct(Frozen):
     max_tokens: int | None = Field(None, ge=1, description="Stop after so many tokens, whatever the epochs say.")
     batch_tokens: int = Field(2048, ge=64, description="Tokens an optimizer step sees.")
     block_tokens: int = Field(1024, ge=64, description="Longest packed sequence; longer dialogues are refused.")
-    evaluations: int = Field(1, ge=1, description="How often the held-out loss is measured, the end included.")
-    keep: Literal["last", "best"] = Field(
-        "last", description="`best` keeps the weights of the measurement that is lowest in held-out loss."
-    )
-    patience: int | None = Field(
-        None, ge=1, description="With keep best: measurements in a row without a better one that end training."
-    )
+    evaluations: int = Field(1, ge=1, description="How often loss and suites are measured, the end included.")
+    metric: str = Field("held_out_loss", description="Or the name of one of `suites`.")
     checkpoints: int = Field(2, ge=1, description="How often a resume state is written, spread evenly.")
 
 

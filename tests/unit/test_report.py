@@ -172,6 +172,17 @@ def test_a_value_that_is_not_finite_is_counted_in_the_caption(tmp_path):
     assert "1 values were not finite" in page.text
 
 
+def test_a_score_of_a_suite_is_drawn_like_any_column(tmp_path):
+    store, folder = write_example(tmp_path)
+    record = store.by_key("instruct")
+    curve = store.folder(record.stage, record.fingerprint) / "curve.jsonl"
+    rows = [{**json.loads(line), "grammar": 0.5 + 0.02 * n} for n, line in enumerate(curve.read_text().splitlines())]
+    curve.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(store, folder).read_text(encoding="utf-8"))
+    assert "Instruct, grammar" in page.text
+    assert "0.500 → 0.720 score (+0.220)" in page.text
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.8123, 0.8129), (5.0, 5.0), (-3.0, 12_000.0), (0.0, 0.0)])
 def test_ticks_are_few_round_and_hold_the_data(low, high):
     found = ticks(low, high)

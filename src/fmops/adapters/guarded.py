@@ -43,13 +43,13 @@ def _reduced_later(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def _generators() -> dict[str, Any]:
+def generators() -> dict[str, Any]:
     """States of this process's random generators, under Transformers' names."""
     found = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     return found | ({"cuda": torch.cuda.random.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 
-def _set_generators(states: dict[str, Any]) -> None:
+def set_generators(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.random.set_rng_state(states["cpu"])
@@ -112,7 +112,7 @@ class Guarded:
         # All that needs every rank comes first: what fails after it is the disk.
         self._weights = whole_state(self.model)
         self._moments = whole_optimizer(self.optimizer) if is_sharded(self.model) else None  # type: ignore[attr-defined]
-        drawn = ranks.collected(_generators()) if ranks.world() > 1 else []
+        drawn = ranks.collected(generators()) if ranks.world() > 1 else []
         if ranks.rank() == 0:
             with written_or_explained(folder):
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -136,14 +136,14 @@ class Guarded:
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Transformers calls it after each step.
-        self.watch.generators = _generators()
+        self.watch.generators = generators()
         super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def save_where_it_is(self) -> None:
         """A resume state of the last whole step, from the middle of the next; none where that step went wrong."""
         if self.state.global_step and self.watch.trusted(self.state.global_step):
             # In the middle of the next step they have moved on.
-            _set_generators(self.watch.generators)
+            set_generators(self.watch.generators)
             self._save_checkpoint(self.model, None)
             self.watch.on_save(self.args, self.state, None)
 

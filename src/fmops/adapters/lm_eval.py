@@ -7,6 +7,7 @@ Refuses: unknown metrics, templates that do not render, items without a valid la
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import datasets
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval.api import task as harness_tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import METRIC_REGISTRY
@@ -56,6 +58,8 @@ _PROBES: dict[str, dict[str, Any]] = {
 """Stand for held-out documents, which are not there yet when the tasks are checked."""
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+# Where tqdm was imported before, it does not look at the environment any more.
+harness_tasks.tqdm = functools.partial(harness_tasks.tqdm, disable=True)
 
 
 class _Task(ConfigurableTask):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from fmops.adapters.training_faults import (
     refuse_not_finite,
     written_or_explained,
 )
+from fmops.curve import measured
 from fmops.errors import StageFailed, Terminated
 from fmops.faults import fault_site
 from fmops.stage import StageContext
@@ -41,7 +43,6 @@ QUARANTINE = "quarantine.jsonl"
 """Steps that were not applied, in the artifact: step, why, what it read."""
 Keep = Callable[[dict[str, float], dict[str, float]], bool]
 """Whether weights may be kept, by the curve's first row and their own."""
-HELD_OUT = frozenset({"new_bits_per_byte", "old_bits_per_byte", "held_out_loss"})
 IN_A_ROW = 3
 """Steps that go wrong one after the other until the weights themselves are suspected."""
 LEFT_OUT = "left out by a rollback"
@@ -60,12 +61,12 @@ class Trained:
 
 @dataclass(eq=False)
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Sees every step: keeps the curve, reports, measures held-out losses, asks for resume states, may stop the run."""
+    """Sees every step: keeps the curve, reports, measures the model, asks for resume states, may stop the run."""
 
     plan: Plan
     context: StageContext
     evaluate: Callable[[Any], dict[str, float]]
-    """Held-out losses of the model as it is."""
+    """Held-out losses, and scores of suites, of the model as it is."""
     evaluate_at: frozenset[int]
     save_at: frozenset[int]
     spikes: bool = True
@@ -76,7 +77,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """Judges each measured step; the run stops at the first that may not be kept, unless `go_on` finds a way."""
     go_on: Callable[..., bool] = lambda *_, **__: False
     best: str | None = None
-    """The measurement by which the best weights are kept, the lowest; None keeps the newest."""
+    """The measurement by which the best weights are kept; None keeps the newest."""
+    better: Callable[[float, float], bool] = operator.lt
+    """Whether a value of `best` is better than the kept weights': lower for losses, higher for most scores."""
     patience: int | None = None
     """Measurements in a row that are no better, after which the run stops."""
     flop_per_token: float = 0.0
@@ -171,11 +174,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = control.should_training_stop or leave
 
     def _shown(self, row: dict[str, float], speed: float) -> dict[str, float]:
-        """Figures beside the bar: use of the machine, this step's loss, the newest held-out losses."""
+        """Figures beside the bar: use of the machine, this step's loss, the newest measurements."""
         shown = {"mfu": speed * self.flop_per_token / self.peak_flop_per_s} if self.flop_per_token else {}
         shown |= {"loss": row["loss"]} if "loss" in row else {}
-        newest = next((r for r in reversed(self.curve) if HELD_OUT & r.keys()), {})
-        return shown | {name: newest[name] for name in sorted(HELD_OUT & newest.keys())}
+        names = measured(self.curve)
+        newest = next((r for r in reversed(self.curve) if names and names[0] in r), {})
+        return shown | {name: newest[name] for name in names if name in newest}
 
     def _since_best(self, row: dict[str, float]) -> int:
         """How many measurements, `row` the last, were no better than the kept weights'; 0: `row` is to be kept."""
@@ -184,7 +188,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return 0
         kept = next(earlier[name] for earlier in self.curve if earlier["step"] == self.kept_step)
         since = [earlier for earlier in self.curve if name in earlier and earlier["step"] > (self.kept_step or 0)]
-        return 0 if row[name] < kept else len(since) + 1
+        return 0 if self.better(row[name], kept) else len(since) + 1
 
     def trusted(self, step: int) -> bool:
         """Whether weights after `step` are something to go back to, and not saved yet."""

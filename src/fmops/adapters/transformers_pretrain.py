@@ -6,6 +6,8 @@ Refuses: what `trainer` refuses: steps that are not finite, resume states that a
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer, TrainingArguments
@@ -29,7 +31,7 @@ from fmops.adapters.packing import PlannedBlocks, collate, labels_of, micro_batc
 from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.sharding import made_whole, shard
 from fmops.adapters.trainer import Keep, Trained, Watch, prepare, run
-from fmops.artifacts import Corpus
+from fmops.artifacts import Benchmarks, Corpus
 from fmops.errors import FmopsError
 from fmops.lifecycle import Pretrain
 from fmops.stage import StageContext
@@ -50,10 +52,12 @@ def train(
     out: Path,
     keep: Keep | None,
     context: StageContext,
+    benchmarks: Benchmarks | None = None,
 ) -> Trained:
     """Train the model in `source` on the corpus; write `out/model` (and `out/adapter` where LoRA is trained).
 
     `keep` judges each measured row of the curve; the run stops at the first it refuses and keeps the weights before.
+    `benchmarks` bring the items of `config.suites`.
     """
     prepare(context)
     work = out / ".work"
@@ -73,14 +77,22 @@ def train(
         model = add_lora(model, rank=LORA_RANK)
     work_a_token = flop_per_token(model)
     model = shard(model, context.sharding)
+    measure = held_out_losses(corpus, source, dtype=dtype)
+    better: Callable[[float, float], bool] = operator.lt
+    if benchmarks is not None:
+        # The harness takes seconds to import.
+        from fmops.adapters.watched_suites import with_suites
+
+        measure, better = with_suites(measure, config, benchmarks, source=source, context=context)
     watch = Watch(
         plan=plan,
         context=context,
-        evaluate=held_out_losses(corpus, source, dtype=dtype),
+        evaluate=measure,
         evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         keep=keep,
         best=config.metric if config.keep == "best" else None,
+        better=better,
         patience=config.patience,
         flop_per_token=work_a_token,
         peak_flop_per_s=peak_flop_per_s(dtype),

@@ -6,8 +6,9 @@ Refuses: what `trainer` refuses: steps that are not finite, resume states that a
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from fmops.adapters.packing import (
 from fmops.adapters.schedule import RATES, Schedule, arguments, evenly
 from fmops.adapters.sharding import made_whole, shard
 from fmops.adapters.trainer import Trained, Watch, prepare, run
-from fmops.artifacts import Corpus
+from fmops.artifacts import Benchmarks, Corpus
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.stage import StageContext
@@ -66,11 +67,13 @@ def train(
     out: Path,
     context: StageContext,
     corpus: Corpus | None = None,
+    benchmarks: Benchmarks | None = None,
 ) -> Trained:
     """Tune the model in `source`; write `out/model` (and `out/adapter` where LoRA is trained).
 
     Args:
         corpus: where the documents come from that `config.documents` asks for.
+        benchmarks: bring the items of `config.suites`.
     """
     prepare(context)
     work = out / ".work"
@@ -99,13 +102,21 @@ def train(
         model = add_lora(model, rank=config.rank)
     work_a_token = flop_per_token(model)
     model = shard(model, context.sharding)
+    measure = held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype)
+    better: Callable[[float, float], bool] = operator.lt
+    if benchmarks is not None:
+        # The harness takes seconds to import.
+        from fmops.adapters.watched_suites import with_suites
+
+        measure, better = with_suites(measure, config, benchmarks, source=source, context=context)
     watch = Watch(
         plan=plan,
         context=context,
-        evaluate=held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype),
+        evaluate=measure,
         evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
-        best="held_out_loss" if config.keep == "best" else None,
+        best=config.metric if config.keep == "best" else None,
+        better=better,
         patience=config.patience,
         flop_per_token=work_a_token,
         peak_flop_per_s=peak_flop_per_s(dtype),

@@ -128,7 +128,7 @@ def write_contaminated(labels: Iterable[str], path: Path) -> None:
 
 
 def _fields(benchmarks: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted((benchmarks / "items").glob("*.jsonl")):
+    for path in sorted(benchmarks.glob("items/*.jsonl")) + sorted(benchmarks.glob("watched/*.jsonl")):
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 item = json.loads(line)

@@ -187,8 +187,8 @@ def read_suite(path: Path) -> Suite:
         raise document.refused(error, Suite) from None
 
 
-def load_suite(name: str, *, root: Path) -> Suite:
-    """The packaged suite `name`, or the suite file that `name` points to from `root`.
+def load_suite(name: str, *, root: Path, at: tuple[str, str] = ("evaluate", "suites")) -> Suite:
+    """The packaged suite `name`, or the suite file that `name` points to from `root`; `at` is the key that names it.
 
     Raises:
         FmopsError: no such suite, with the nearest packaged name.
@@ -196,7 +196,7 @@ def load_suite(name: str, *, root: Path) -> Suite:
     if is_path(name):
         return read_suite(root / name)
     if name not in suite_names():
-        raise SpecMistake(("evaluate", "suites", name), str(unknown("suite", name, suite_names())))
+        raise SpecMistake((*at, name), str(unknown("suite", name, suite_names())))
     return read_suite(PACKAGED / f"{name}.yaml")
 
 

@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmops.artifacts import Checkpoint, Conversations, Corpus
+from fmops.artifacts import Benchmarks, Checkpoint, Conversations, Corpus
+from fmops.curve import best_note, summary
 from fmops.errors import FmopsError
 from fmops.finetuning.dialogue import Encoded, Unusable, encode_dialogue
 from fmops.lifecycle import Instruct
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
 def instruct(
     config: Instruct, *, checkpoint: Checkpoint, conversations: Conversations, out: Path, context: StageContext,
-    corpus: Corpus | None = None,
+    corpus: Corpus | None = None, benchmarks: Benchmarks | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Tune `checkpoint` on `conversations`; killed, and called again, it goes on where it was.
 
     Args:
         corpus: brings the documents that `config.documents` asks for.
+        benchmarks: bring the items that `config.suites` asks for.
 
     Raises:
         FmopsError: a dialogue is too long, none is usable, or the chat template is ambiguous.
@@ -43,6 +45,8 @@ def instruct(
         )
     if corpus and reads_pictures(checkpoint.model):
         raise FmopsError("instruct.documents: a model that reads pictures learns from dialogues alone. Leave it out.")
+    if benchmarks and reads_pictures(checkpoint.model):
+        raise FmopsError("instruct.suites: of a model that reads pictures only the loss is watched. Leave it out.")
     tokenizer = load_tokenizer(checkpoint.model)
     train_set = read_dialogues(conversations.path / "train.jsonl", config, tokenizer=tokenizer, context=context)
     held_out = read_dialogues(conversations.path / "held_out.jsonl", config, tokenizer=tokenizer, context=context)
@@ -51,7 +55,7 @@ def instruct(
             f"none of the {conversations.conversations} conversations can be learnt from. See the notes above, "
             "and name another source."
         )
-    if config.keep == "best" and not held_out:
+    if config.keep == "best" and config.metric == "held_out_loss" and not held_out:
         raise FmopsError(
             f"instruct.keep is best, but none of the {conversations.held_out} held-out conversations can be measured. "
             "Raise conversations in number, or set keep to last."
@@ -73,28 +77,18 @@ def instruct(
 
         result = trl_sft.train(
             config, source=checkpoint.model, dialogues=train_set, held_out=held_out, out=out, context=context,
-            corpus=corpus,
+            corpus=corpus, benchmarks=benchmarks,
         )  # fmt: skip
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
     kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
     if kept is not result.curve[-1]:
-        context.note(
-            f"the weights of step {kept['step']:g} of {result.curve[-1]['step']:g} are kept, the best by held-out loss "
-            f"({kept['held_out_loss']:.4f})"
-        )
-    losses = [row["loss"] for row in result.curve if "loss" in row and row["step"] <= kept["step"]]
-    metrics = {"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
-    if held_out:
-        metrics |= {
-            "held_out_loss_before": result.curve[0]["held_out_loss"],
-            "held_out_loss_after": kept["held_out_loss"],
-        }
+        context.note(best_note(result.curve, kept=kept, metric=config.metric, stopped=result.stopped))
     return Checkpoint(
         path=out,
         stage="instruct",
         parameters=result.parameters,
         trained_tokens=result.trained_tokens,
-        metrics=metrics,
+        metrics=summary(result.curve, last=kept),
         licence=checkpoint.licence,
     )
 

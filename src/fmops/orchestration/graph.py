@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fmops.artifacts import Frozen
+from fmops.curve import COLUMNS
 from fmops.errors import SpecMistake, unknown
 from fmops.jobs import (
     BenchmarksJob,
@@ -26,6 +27,9 @@ from fmops.jobs import (
 )
 from fmops.lifecycle import ExampleSource, Lifecycle
 from fmops.stage import STAGES, Stage
+
+if TYPE_CHECKING:
+    from fmops.evaluation.suites import Suite
 
 Form = Literal["pairs", "votes", "prompts"]
 FORMS: dict[str, Form] = {"dpo": "pairs", "orpo": "pairs", "kto": "votes", "grpo": "prompts"}
@@ -103,6 +107,40 @@ def _refuse_others(named: Iterable[str], choices: Iterable[str], *, what: str, a
             raise SpecMistake((*at, name), str(unknown(f"{what} under {'.'.join(at)}", name, known)))
 
 
+def watched(spec: Lifecycle, root: Path) -> dict[str, int]:
+    """The suites that training scores, each with its items a task.
+
+    Raises:
+        SpecMistake: a suite that cannot be scored there, or a metric that is none of what is measured.
+    """
+    from fmops.evaluation.suites import load_suite
+
+    items: dict[str, int] = {}
+    losses = {"pretrain": ("new_bits_per_byte", "old_bits_per_byte"), "instruct": ("held_out_loss",)}
+    for key, training in (("pretrain", spec.pretrain), ("instruct", spec.instruct)):
+        measured = {*losses[key]}
+        for name in training.suites if training else ():
+            suite = load_suite(name, root=root, at=(key, "suites"))
+            if why := _unwatchable(suite):
+                raise SpecMistake((key, "suites", name), f"{key}.suites: the suite {suite.suite} {why}")
+            measured.add(suite.suite)
+            items[name] = max(items.get(name, 0), training.suite_items if training else 0)
+        if training and training.metric not in measured:
+            raise SpecMistake((key, "metric"), str(unknown(f"{key}.metric", training.metric, measured)))
+    return items
+
+
+def _unwatchable(suite: Suite) -> str | None:
+    """Why training cannot score a suite, and the remedy."""
+    if suite.suite in COLUMNS:
+        return f"has the name of a column of the curve ({', '.join(COLUMNS)}). Rename it."
+    if any(task.corpus for task in suite.tasks.values()):
+        return "is made from held-out documents, whose loss is measured in any case. Drop it."
+    if any(task.framework for task in suite.tasks.values()):
+        return "is asked by an outside framework at an endpoint. Leave it to evaluate.suites."
+    return None
+
+
 class _Builder:
     """Adds nodes in the order of the lifecycle; a part that the spec lacks stays None and is passed to nobody."""
 
@@ -128,21 +166,7 @@ class _Builder:
         """Base model, benchmarks, corpus: what everything else stands on."""
         spec = self.spec
         self.add("base", "import", ImportJob(), {"source": (spec.base,)})
-        if spec.evaluate:
-            from fmops.evaluation.suites import load_suite, packaged_texts, suite_sources
-
-            families = {load_suite(name, root=self.root).family for name in spec.evaluate.suites}
-            # Found out by the gate itself, it would cost the whole training.
-            for key, named in (("margins", spec.gate.margins), ("primary", spec.gate.primary)) if spec.gate else ():
-                _refuse_others(named, families, what="family", at=("gate", key))
-            pinned = {name: (uri,) for name, uri in suite_sources(spec.evaluate.suites, root=self.root).items()}
-            # With rotation all items are pinned, and kept out of the training data; a round asks some of them.
-            job = BenchmarksJob(
-                suites=spec.evaluate.suites,
-                limit=None if spec.evaluate.rotate else spec.evaluate.limit,
-                texts=packaged_texts(spec.evaluate.suites),
-            )
-            self.benchmarks = self.add("benchmarks", "benchmarks", job, pinned)
+        self.benchmarks = self._items()
         if spec.data.corpora:
             tokens = spec.pretrain.tokens if spec.pretrain else None
             parts = {
@@ -153,6 +177,23 @@ class _Builder:
             sources = {f"corpus_{name}": item.source for name, item in spec.data.corpora.items()}
             self.corpus = self.add("corpus", "curate", curate, sources, base="base", benchmarks=self.benchmarks)
         self.base_report = self.evaluate("base", name="evaluate-base")
+
+    def _items(self) -> str | None:
+        """What the gate asks, and what training may watch."""
+        from fmops.evaluation.suites import load_suite, packaged_texts, suite_sources
+
+        spec, asked = self.spec, self.spec.evaluate
+        if asked:
+            families = {load_suite(name, root=self.root).family for name in asked.suites}
+            # Found out by the gate itself, it would cost the whole training.
+            for key, named in (("margins", spec.gate.margins), ("primary", spec.gate.primary)) if spec.gate else ():
+                _refuse_others(named, families, what="family", at=("gate", key))
+        # With rotation all items are pinned, and kept out of the training data; a round asks some of them.
+        limit = asked.limit if asked and not asked.rotate else None
+        job = BenchmarksJob(suites=asked.suites if asked else (), limit=limit, watched=watched(spec, self.root))
+        job = job.model_copy(update={"texts": packaged_texts(job.named)})
+        pinned = {name: (uri,) for name, uri in suite_sources(job.named, root=self.root).items()}
+        return self.add("benchmarks", "benchmarks", job, pinned) if job.named else None
 
     def evaluate(self, checkpoint: str, *, name: str) -> str | None:
         if not self.spec.evaluate:
@@ -167,7 +208,10 @@ class _Builder:
         spec = self.spec
         checkpoint, report = "base", self.base_report
         if spec.pretrain:
-            checkpoint = self.add("pretrain", "pretrain", spec.pretrain, {}, checkpoint=checkpoint, corpus=self.corpus)
+            checkpoint = self.add(
+                "pretrain", "pretrain", spec.pretrain, {}, checkpoint=checkpoint, corpus=self.corpus,
+                benchmarks=self.benchmarks if spec.pretrain.suites else None,
+            )  # fmt: skip
             report = self.evaluate(checkpoint, name="evaluate-pretrain")
         if spec.instruct and spec.data.conversations:
             self.conversations = self._examples(
@@ -176,6 +220,7 @@ class _Builder:
             checkpoint = self.add(
                 "instruct", "instruct", spec.instruct, {}, checkpoint=checkpoint, conversations=self.conversations,
                 corpus=self.corpus if spec.instruct.documents else None,
+                benchmarks=self.benchmarks if spec.instruct.suites else None,
             )  # fmt: skip
         if spec.align and spec.data.preferences:
             form = FORMS[spec.align.method]

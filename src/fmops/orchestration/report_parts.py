@@ -16,6 +16,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fmops.curve import measured
 from fmops.lifecycle import FAMILIES
 from fmops.orchestration.charts import Point, interval_rows, line_chart, margin_interval, signed
 from fmops.orchestration.history import History, NodeRun
@@ -84,7 +85,7 @@ def key_figures(store: Store, history: History) -> list[tuple[str, str, str]]:
 
 
 def curves(store: Store, history: History) -> list[dict[str, Any]]:
-    """A chart for each curve that was logged: held-out loss on both domains, and each stage's training loss."""
+    """A chart for each curve that was logged: held-out losses, scores of suites, and each stage's training loss."""
     pretrain = history.nodes.get("pretrain")
     record = pretrain.record if pretrain else None
     allowed = record.config.get("old_domain_ceiling") if record else None
@@ -96,6 +97,14 @@ def curves(store: Store, history: History) -> list[dict[str, Any]]:
         points = _curve(store, pretrain, field)
         ceiling = points[0][1] + allowed if points and allowed and field.startswith("old") else None
         charts.append((title, "bits per byte", css, points, ceiling))
+    drawn = {"new_bits_per_byte", "old_bits_per_byte"}
+    for name in ("pretrain", "instruct"):
+        node = history.nodes.get(name)
+        for field in measured(_curve_rows(store, node)):
+            if field not in drawn:
+                unit = "nats a token" if field == "held_out_loss" else "score"
+                title = f"{name.capitalize()}, {field.replace('_', ' ')}"
+                charts.append((title, unit, "candidate", _curve(store, node, field), None))
     for name in ("pretrain", "instruct", "align"):
         points = _curve(store, history.nodes.get(name), "loss")
         charts.append((f"{name.capitalize()}, training loss", "loss", "base", points, None))
@@ -210,14 +219,18 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _curve(store: Store, node: NodeRun | None, field: str) -> list[Point]:
-    """Tokens against a field, from the artifact; without one, from what the stage reported before it ended."""
+    """Tokens against a field."""
+    rows = _curve_rows(store, node)
+    return [(float(row.get("tokens", row["step"])), float(row[field])) for row in rows if row.get(field) is not None]
+
+
+def _curve_rows(store: Store, node: NodeRun | None) -> list[dict[str, Any]]:
+    """The curve, from the artifact; without one, from what the stage reported before it ended."""
     if node is None:
         return []
     if node.record:
-        rows = read_rows(_folder(store, node.record) / "curve.jsonl")
-    else:
-        rows = iter({"step": step, **values} for step, values in node.metrics)
-    return [(float(row.get("tokens", row["step"])), float(row[field])) for row in rows if row.get(field) is not None]
+        return list(read_rows(_folder(store, node.record) / "curve.jsonl"))
+    return [{"step": step, **values} for step, values in node.metrics]
 
 
 def _folder(store: Store, record: Record) -> Path:

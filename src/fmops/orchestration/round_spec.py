@@ -83,7 +83,8 @@ def write_round(
             "held_out": max(spec.curate.held_out, share),
         }  # fmt: skip
     for each in stages:
-        derived.setdefault(each, {})
+        if suites := derived.setdefault(each, {}).get("suites"):
+            derived[each]["suites"] = _suites(suites, root, folder)
     if stage == "pretrain" and "instruct" in stages:
         # Rehearsal alone unlearns what the round has just read.
         derived["instruct"].setdefault("documents", DOCUMENTS)
@@ -164,7 +165,7 @@ def _corpora(
 def _evaluate(derived: dict[str, Any], spec: Lifecycle, root: Path, folder: Path) -> dict[str, Any]:
     """The spec's suites; forgetting joins where the round has an old domain."""
     stated = spec.evaluate.model_dump(mode="json") if spec.evaluate else {"suites": ["domain"]}
-    suites = [_moved(suite, root, folder) if suite.endswith((".yaml", ".yml")) else suite for suite in stated["suites"]]
+    suites = _suites(stated["suites"], root, folder)
     roles = {corpus.get("role", "train") for corpus in derived["data"]["corpora"].values()}
     if "replay" in roles and "forgetting" not in suites:
         suites.append("forgetting")
@@ -177,6 +178,10 @@ def _evaluate(derived: dict[str, Any], spec: Lifecycle, root: Path, folder: Path
         **stated,
         "suites": [suite for suite in suites if wanted.get(suite, "train") in roles or suite not in wanted],
     }
+
+
+def _suites(named: Sequence[str], root: Path, folder: Path) -> list[str]:
+    return [_moved(suite, root, folder) if suite.endswith((".yaml", ".yml")) else suite for suite in named]
 
 
 def _gate(derived: dict[str, Any], spec: Lifecycle, stage: RoundStage) -> dict[str, Any]:

@@ -7,31 +7,28 @@ Refuses: to keep weights whose loss on the old domain rose above the ceiling; a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fmops.artifacts import Checkpoint, Corpus
+from fmops.artifacts import Benchmarks, Checkpoint, Corpus
+from fmops.curve import Row, best_note, summary
 from fmops.errors import FmopsError
 from fmops.lifecycle import Pretrain
 from fmops.stage import StageContext
 
-Row = Mapping[str, float]
-
 
 def pretrain(
-    config: Pretrain, *, checkpoint: Checkpoint, corpus: Corpus, out: Path, context: StageContext
-) -> Checkpoint:
+    config: Pretrain, *, checkpoint: Checkpoint, corpus: Corpus, out: Path, context: StageContext,
+    benchmarks: Benchmarks | None = None,
+) -> Checkpoint:  # fmt: skip
     """Train `checkpoint` on `corpus` for `config.tokens` tokens; killed, and called again, it goes on where it was.
+
+    Args:
+        benchmarks: bring the items that `config.suites` asks for.
 
     Raises:
         FmopsError: the corpus has no blocks, or a ceiling is set and the corpus has no old domain.
         StageFailed: a loss is not finite, or a resume state cannot be written.
     """
-    if config.framework == "torchtitan":
-        from fmops.adapters.titan_pretrain import train
-    else:
-        from fmops.adapters.transformers_pretrain import train
-
     if not corpus.train_shards:
         raise FmopsError(
             f"{corpus.path} has no training shards. Curate it again, from documents that pass the filters."
@@ -42,21 +39,25 @@ def pretrain(
             f"pretrain.old_domain_ceiling is {ceiling:g}, but the corpus holds out no document of an old domain. "
             "Add documents to a corpus with role replay, or drop the ceiling."
         )
-    if config.keep == "best" and not (
-        corpus.held_out_new if config.metric == "new_bits_per_byte" else corpus.held_out_old
-    ):
+    held_out = {"new_bits_per_byte": corpus.held_out_new, "old_bits_per_byte": corpus.held_out_old}
+    if config.keep == "best" and not held_out.get(config.metric, 1):
         raise FmopsError(
             f"pretrain.keep is best by {config.metric}, but the corpus holds out no document of that domain. "
             "Add documents, or set keep to last."
         )
-    result = train(
-        config,
-        source=checkpoint.model,
-        corpus=corpus,
-        out=out,
-        keep=None if ceiling is None else lambda start, row: within_ceiling(start, row, ceiling=ceiling),
-        context=context,
-    )
+    keep = None if ceiling is None else lambda start, row: within_ceiling(start, row, ceiling=ceiling)
+    if config.framework == "torchtitan":
+        from fmops.adapters import titan_pretrain
+
+        result = titan_pretrain.train(
+            config, source=checkpoint.model, corpus=corpus, out=out, keep=keep, context=context
+        )
+    else:
+        from fmops.adapters import transformers_pretrain
+
+        result = transformers_pretrain.train(
+            config, source=checkpoint.model, corpus=corpus, out=out, keep=keep, context=context, benchmarks=benchmarks
+        )
     last = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
     start, end = result.curve[0], result.curve[-1]
     at_ceiling = result.stopped and ceiling is not None and not within_ceiling(start, end, ceiling=ceiling)
@@ -86,25 +87,6 @@ def pretrain(
 def within_ceiling(start: Row, row: Row, *, ceiling: float) -> bool:
     """Weights may be kept while the old domain's loss is at most `ceiling` bits per byte above where it began."""
     return row["old_bits_per_byte"] - start["old_bits_per_byte"] <= ceiling
-
-
-def summary(curve: Sequence[Row], *, last: Row) -> dict[str, float]:
-    """First and last training loss (nats a token), and held-out losses before and after; `last` is the row kept."""
-    losses = [row["loss"] for row in curve if "loss" in row and row["step"] <= last["step"]]
-    found = {"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
-    for name in ("new_bits_per_byte", "old_bits_per_byte"):
-        if name in curve[0] and name in last:
-            found |= {f"{name}_before": curve[0][name], f"{name}_after": last[name]}
-    return found
-
-
-def best_note(curve: Sequence[Row], *, kept: Row, metric: str, stopped: bool) -> str:
-    """That earlier weights than the last are kept, and why training ended."""
-    early = f"stopped at step {curve[-1]['step']:g}, it got no better: " if stopped else ""
-    return (
-        f"{early}the weights of step {kept['step']:g} are kept, the best by {metric} ({kept[metric]:.4f}; "
-        f"{curve[-1][metric]:.4f} at the end)"
-    )
 
 
 def _stopped_note(start: Row, stop: Row, *, kept: Row, ceiling: float) -> str:
