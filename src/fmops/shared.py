@@ -151,6 +151,12 @@ class Shared:
                 self.bucket.write(_name(record.key), b"", seen=found[1])
         return f"{self.address}/{target}"
 
+    def set_aside_before(self, key: str) -> Record | None:
+        """The record of an artifact that was ended as damaged, the newest of several."""
+        names = [each.name for each in self.bucket.list(f"quarantine/{key}-") if each.name.endswith(f"/{RECORD}")]
+        found = self.bucket.read(max(names)) if names else None
+        return self._record(max(names), found[0]) if found else None
+
     def aliases(self) -> dict[str, str]:
         """Alias → artifact key, as of now."""
         return {alias: move.after for alias, move in self._moves()[0].items()}

@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("import", "fmops.pretraining.base:import_base", Checkpoint),
         Stage("benchmarks", "fmops.evaluation.benchmarks:prepare_benchmarks", Benchmarks, version=4),
-        Stage("curate", "fmops.data.curate:curate", Corpus, version=3),
+        Stage("curate", "fmops.data.curate:curate", Corpus, version=4),
         Stage("conversations", "fmops.data.conversations:prepare_conversations", Conversations, version=4),
         Stage("preferences", "fmops.data.preferences:prepare_preferences", Preferences, version=5),
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, in_ranks=True, version=2),

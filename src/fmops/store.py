@@ -137,6 +137,19 @@ class Store:
             raise FmopsError(f"the record of {key} is gone from {self.place}. Put it back from a copy.")
         return record
 
+    def remembered(self, key: str) -> Record:
+        """The record of a whole key, though its artifact may be set aside and not made again yet.
+
+        Raises:
+            FmopsError: as `get`.
+        """
+        if self.shared:
+            aside = self.shared.find(key) or self.shared.set_aside_before(key)
+        else:
+            folders = [self.artifacts / key, *sorted(self.root.glob(f"quarantine/{key}-*"), reverse=True)]
+            aside = next((record for record in map(self._read, folders) if record), None)
+        return aside or self.get(key)
+
     def by_key(self, key: str) -> Record:
         """The one record that is meant: by alias, by node (its newest), or by the beginning of a key or fingerprint.
 

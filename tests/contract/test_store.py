@@ -168,6 +168,8 @@ def test_a_damaged_artifact_is_kept_aside_and_made_again(home):
     assert record.key in home.another().quarantine(record)
     assert home.store().find("conversations", record.fingerprint) is None
     assert home.another().records() == []
+    # Aliases still name it: a champion's record says what a candidate has to beat.
+    assert home.another().remembered(record.key).digest == record.digest
     again = home.another()
     assert again.commit(make(again)).digest == record.digest
     home.another().verify(record)

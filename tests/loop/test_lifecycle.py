@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fmops.orchestration.signatures import check_release
 from fmops.store import Record, Store
 
 from .conftest import fmops, write_project
@@ -99,6 +100,19 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(copied):
     # The content came out equal, so nothing after it ran again.
     assert executed(copied) == {"preferences"}
     assert len(list((copied.parent / ".fmops" / "quarantine").iterdir())) == 1
+
+
+def test_a_damaged_release_is_set_aside_made_again_and_signed_again(copied):
+    # The files of a release are those of its checkpoint: who damages one damages both.
+    for node in ("align", "release"):
+        record = newest(copied, node)
+        weights = store_of(copied).folder(record.stage, record.fingerprint) / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"X")
+    done = fmops("run", spec=copied)
+    assert done.returncode == 0, done.stderr
+    assert executed(copied) == {"align", "release"}
+    assert len(list((copied.parent / ".fmops" / "quarantine").iterdir())) == 2
+    check_release(store_of(copied), newest(copied, "release"))
 
 
 def test_a_regression_beyond_the_margin_is_not_released(copied):

@@ -236,8 +236,8 @@ def test_every_form_of_file_is_read(tmp_path: Path, base: Checkpoint, context: S
     corpora = {"new": CorpusPart()}
     corpus = run(tmp_path, base, context, corpora=corpora, uri="files", quality=False)
     held_out = lines(corpus.path / "held_out" / "new.jsonl")
-    assert corpus.documents + len(held_out) == 9
-    assert dropped(corpus) == {"unreadable": 2}
+    assert corpus.documents + len(held_out) == 8
+    assert dropped(corpus) == {"unreadable": 2, "quotes-held-out": 1}
     found = {row["id"] for row in [*lines(corpus.path / "documents.jsonl"), *held_out]}
     assert {"new/files/a.txt", "new/files/c.jsonl:2", "new/files/f.parquet:1", "new/files/g.zip/inner/g.txt"} <= found
 
@@ -272,10 +272,20 @@ def test_a_domain_too_small_to_judge_is_told_before_any_training(
     tmp_path: Path, base: Checkpoint, context: StageContext
 ) -> None:
     (tmp_path / "quiz" / "items").mkdir(parents=True)
-    write(tmp_path / "new.jsonl", TOPICS[:5])
+    write(tmp_path / "new.jsonl", TOPICS[:3])
     corpus = run(tmp_path, base, context, benchmarks=Benchmarks(path=tmp_path / "quiz", items={}), quality=False)
     assert corpus.held_out_new == 1
     assert "held out of the new domain: 1 document, and an error needs two" in context.stream.getvalue()
+
+
+def test_of_a_few_documents_two_are_held_out_so_that_the_gate_can_state_an_error(
+    tmp_path: Path, base: Checkpoint, context: StageContext
+) -> None:
+    write(tmp_path / "new.jsonl", TOPICS[:6])
+    corpus = run(tmp_path, base, context, quality=False)
+    assert corpus.held_out_new == 2
+    assert corpus.documents >= 3
+    assert "an error needs two" not in context.stream.getvalue()
 
 
 def test_a_truncated_archive_gives_what_is_whole_and_names_itself(

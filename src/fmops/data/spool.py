@@ -142,20 +142,21 @@ class Spool:
 
         A document's content decides, so that a document stays on its side when others come or go; near-duplicates
         are gone already, so none of them is on the other side. A domain of two documents or more holds out at least
-        one, and no corpus loses its last.
+        one, of four or more at least two, which an error needs; no corpus loses its last.
         """
         left = {corpus: self.count(corpus) for corpus in self.corpora}
         chosen: dict[str, list[int]] = {}
         for domain, corpora in domains.items():
             candidates = heapq.nsmallest(HELD_OUT_DOCUMENTS, self._lots(set(corpora), seed=seed))
+            fewest = 2 if sum(left[corpus] for corpus in corpora) >= 4 else 1
             chosen[domain] = []
             characters = 0
             for lot, document in candidates:
                 size = self._characters[document]
-                enough = bool(chosen[domain])
-                if left[self.corpus(document)] < 2 or (enough and characters + size > HELD_OUT_CHARACTERS):
+                too_long = bool(chosen[domain]) and characters + size > HELD_OUT_CHARACTERS
+                if left[self.corpus(document)] < 2 or too_long:
                     continue
-                if lot >= share and enough:
+                if lot >= share and len(chosen[domain]) >= fewest:
                     break
                 chosen[domain].append(document)
                 characters += size

@@ -121,7 +121,7 @@ class Planner:
         return self._known(record.inputs[name].ref) if name in record.inputs else None
 
     def _known(self, key: str | None) -> Record | None:
-        return self.store.get(key) if key else None
+        return self.store.remembered(key) if key else None
 
     def _of_this_round(self, node: Node, inputs: Mapping[str, InputRef]) -> Node:
         """A node with what only the workspace knows: which items a rotating round asks, what the gate has tested."""
