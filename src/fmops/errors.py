@@ -117,3 +117,11 @@ def written_path(error: BaseException) -> str | None:
 DISK_FULL = (
     "disk full while writing {where}. Free some space and run again: finished stages and good checkpoints are kept."
 )
+
+
+def alias_moved(alias: str, now: str | None, seen: str | None) -> FmopsError:
+    """The error of a move that comes too late."""
+    return FmopsError(
+        f"alias {alias!r} points at {now or 'nothing'}, expected {seen or 'nothing'}: "
+        f"somebody moved it meanwhile. Look with `fmops status`, then try again."
+    )

@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from fmops.errors import IntegrityError, unknown
+from fmops.errors import IntegrityError, alias_moved, unknown
 from fmops.faults import fault_site
 from fmops.integrity import sha256
-from fmops.store import RECORD, AliasMove, Record, alias_moved, artifact_key, utc_now, write_atomically
+from fmops.store import RECORD, AliasMove, Record, artifact_key, utc_now, write_atomically
 
 if TYPE_CHECKING:
     from fmops.adapters.s3 import Bucket, Object
@@ -155,7 +155,7 @@ class Shared:
         """The record of an artifact that was ended as damaged, the newest of several."""
         names = [each.name for each in self.bucket.list(f"quarantine/{key}-") if each.name.endswith(f"/{RECORD}")]
         found = self.bucket.read(max(names)) if names else None
-        return self._record(max(names), found[0]) if found else None
+        return self._record(_name(key), found[0]) if found else None
 
     def aliases(self) -> dict[str, str]:
         """Alias → artifact key, as of now."""

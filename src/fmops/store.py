@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fmops.artifacts import KINDS, Artifact, Frozen, Source
-from fmops.errors import READ_ONLY, FmopsError, IntegrityError
+from fmops.errors import READ_ONLY, FmopsError, IntegrityError, alias_moved
 from fmops.faults import fault_site
 from fmops.integrity import sha256
 from fmops.locks import hold, locked
@@ -138,17 +138,11 @@ class Store:
         return record
 
     def remembered(self, key: str) -> Record:
-        """The record of a whole key, though its artifact may be set aside and not made again yet.
-
-        Raises:
-            FmopsError: as `get`.
-        """
+        """As `get`, though the artifact may be set aside and not made again yet."""
         if self.shared:
-            aside = self.shared.find(key) or self.shared.set_aside_before(key)
-        else:
-            folders = [self.artifacts / key, *sorted(self.root.glob(f"quarantine/{key}-*"), reverse=True)]
-            aside = next((record for record in map(self._read, folders) if record), None)
-        return aside or self.get(key)
+            return self.shared.find(key) or self.shared.set_aside_before(key) or self.get(key)
+        folders = [self.artifacts / key, *sorted(self.root.glob(f"quarantine/{key}-*"), reverse=True)]
+        return next((record for record in map(self._read, folders) if record), None) or self.get(key)
 
     def by_key(self, key: str) -> Record:
         """The one record that is meant: by alias, by node (its newest), or by the beginning of a key or fingerprint.
@@ -337,14 +331,6 @@ class Store:
             raise IntegrityError(
                 f"{path} is not a record: {error}. Move the folder {folder.name} away; `fmops run` makes it again."
             ) from None
-
-
-def alias_moved(alias: str, now: str | None, seen: str | None) -> FmopsError:
-    """The error of a move that comes too late."""
-    return FmopsError(
-        f"alias {alias!r} points at {now or 'nothing'}, expected {seen or 'nothing'}: "
-        f"somebody moved it meanwhile. Look with `fmops status`, then try again."
-    )
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
