@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -62,14 +62,16 @@ def test_piped_output_is_one_line_a_stage(finished):
 def test_a_second_run_does_nothing_quickly(finished):
     spec, _ = finished
     runs = len(list(store_of(spec).runs.iterdir()))
-    best = float("inf")
-    for _ in range(3):
-        started = time.monotonic()
+    seconds = []
+    # Processor seconds, which waiting for the tests beside it does not change; their sharing of a core does.
+    while len(seconds) < 8 and min(seconds, default=1.0) >= 0.5:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = fmops("run", spec=spec)
-        best = min(best, time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
         assert "nothing to do: 14 artifacts are up to date" in done.stdout
-    assert best < 0.5
+    assert min(seconds) < 0.5
     assert len(list(store_of(spec).runs.iterdir())) == runs
 
 
