@@ -1,4 +1,4 @@
-"""Ask the running Prometheus and Alertmanager whether they see what they should; wait for it a minute at most.
+"""Ask the running Prometheus and Alertmanager whether they see what they should; wait for it two minutes at most.
 
 Enters: their URLs. Leaves: a line a finding, exit code 0 when all hold.
 Refuses: a query of the dashboard that is an error.
@@ -15,7 +15,7 @@ import urllib.request
 from importlib.resources import files
 from typing import Any
 
-PATIENCE_S = 150
+PATIENCE_S = 120
 WITH_TRAFFIC = ("Requests by arm", "Failed requests", "Tokens", "Requests under way", "Alarms")
 """Panels that must show something once a few questions were answered; others wait for a rollout, an alarm, a vote."""
 
