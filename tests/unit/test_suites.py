@@ -115,7 +115,7 @@ def test_a_missing_suite_file_says_where(tmp_path):
         ("metrics: [refusal]", "metrics: [acc]", r"metric refusal judges generated text"),
         ("only: {question: '('}", "form: lettered", r"the pattern for question is no regular expression"),
         ("corpus: new", "form: lettered", r"give either `source` \(items\), `items` \(here\) or `corpus`"),
-        ("shots: 2\n    chat: true", "form: lettered", r"`shots` go before questions that are completed"),
+        ("shots: 2\n    chat: true", "form: lettered", r"`shots` \(2\) go before questions to be completed"),
         ("form: cloze", "form: lettered", r"form cloze makes questions from documents: give `corpus`"),
     ],
 )

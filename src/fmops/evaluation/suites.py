@@ -123,14 +123,18 @@ class SuiteTask(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> SuiteTask:
-        given = (self.source, self.items, self.corpus, self.probes or None)
-        if sum(each is not None for each in given) != 1:
-            raise ValueError("give either `source` (items), `items` (here) or `corpus` (held-out documents)")
+        given = {"source": self.source, "items": self.items, "corpus": self.corpus, "probes": self.probes or None}
+        named = [name for name, each in given.items() if each is not None]
+        if len(named) != 1:
+            raise ValueError(
+                "give either `source` (items), `items` (here) or `corpus` (held-out documents); "
+                f"given: {', '.join(named) or 'none'}"
+            )
         if self.checks and "followed" not in self.metrics:
-            raise ValueError("`checks` are what the metric followed looks at: add it to `metrics`")
+            raise ValueError(f"`checks` are for the metric followed: add it to `metrics` ({', '.join(self.metrics)})")
         if self.shots and (self.chat or self.corpus or self.config.output_type == "loglikelihood_rolling"):
             raise ValueError(
-                "`shots` go before questions that are completed: no `chat`, `corpus` or rolling likelihood"
+                f"`shots` ({self.shots}) go before questions to be completed: no `chat`, `corpus` or rolling likelihood"
             )
         if (self.form == "cloze") and self.corpus is None:
             raise ValueError("form cloze makes questions from documents: give `corpus`")
