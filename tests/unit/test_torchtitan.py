@@ -14,6 +14,7 @@ from training_run import digests
 
 from fmops.adapters import titan_pretrain
 from fmops.adapters.model_files import load_model
+from fmops.adapters.packing import plan_training
 from fmops.errors import FmopsError, OutOfMemory, StageFailed
 from fmops.lifecycle import Lifecycle, Pretrain
 from fmops.pretraining.pretrain import pretrain
@@ -204,7 +205,7 @@ def test_less_memory_or_more_processes_leave_the_batch_as_it_is(base, corpus, tm
     def job(**given):
         told = StageContext(environment={"precision": "float32"}, **given)
         sizes = [128] * 8
-        plan = titan_pretrain.plan_training(sizes, tokens=1024, batch_tokens=512, seed=0)
+        plan = plan_training(sizes, tokens=1024, batch_tokens=512, seed=0)
         path = titan_pretrain.write_job(
             config(), plan=plan, sizes=sizes, source=base.model, corpus=corpus, work=tmp_path, context=told
         )

@@ -21,12 +21,13 @@ import numpy as np
 import yaml
 
 from fmops.adapters.held_out import Dialogue, held_out_loss, piece_of
-from fmops.adapters.model_files import choose_precision, load_model, save_adapter, save_model, take_weights
-from fmops.adapters.packing import Block, Plan, PlannedBlocks, labels_of, micro_batch, plan_training
+from fmops.adapters.model_files import load_model, save_adapter, save_model, take_weights
+from fmops.adapters.packing import Block, Plan, PlannedBlocks, labels_of, micro_batch
 from fmops.adapters.schedule import FLOOR, RATES
-from fmops.adapters.trainer import Trained, prepare
+from fmops.adapters.trainer import Trained
 from fmops.adapters.training_faults import refuse_not_finite
-from fmops.errors import FmopsError, OutOfMemory, StageFailed
+from fmops.adapters.training_stage import begin, first_row, plan_epochs
+from fmops.errors import OutOfMemory, StageFailed
 from fmops.frameworks import executable, follow, installed_version, last_words, own_environment
 from fmops.lifecycle import Instruct
 from fmops.stage import StageContext
@@ -51,20 +52,14 @@ def train(
         StageFailed: it ended early; OutOfMemory when a smaller micro-batch may fit.
     """
     command = executable("llamafactory")
-    prepare(context)
-    work = out / ".work" / FOLDER
-    work.mkdir(parents=True, exist_ok=True)
+    scratch, dtype = begin(context, out=out)
+    work = scratch / FOLDER
+    work.mkdir(exist_ok=True)
     context.environment["llamafactory"] = installed_version(command, "llamafactory")
-    dtype = choose_precision(context, work=work.parent)
     pieces = [piece_of(dialogue) for dialogue in dialogues]
     random.Random(context.seed).shuffle(pieces)
     sizes = [len(piece.input_ids) for piece in pieces]
-    tokens = round(config.epochs * sum(sizes))
-    plan = plan_training(
-        sizes, tokens=min(tokens, config.max_tokens or tokens), batch_tokens=config.batch_tokens, seed=context.seed
-    )
-    if not plan.steps:
-        raise FmopsError(f"epochs {config.epochs} of {sum(sizes)} tokens is less than one step. Raise instruct.epochs.")
+    plan = plan_epochs(config, sizes, seed=context.seed)
     planned = PlannedBlocks(pieces, plan)
     rows = [planned[index] for index in range(len(planned))]
     write_tokens(rows, work / "tokens")
@@ -73,8 +68,7 @@ def train(
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     model = load_model(source)
     measure = held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype)
-    start: dict[str, float] = {"step": 0, "tokens": 0, **measure(model)}
-    context.metrics(0, **{key: value for key, value in start.items() if key != "step"})
+    start = first_row(measure, model, context)
     made = work / "made"
     ends = tokens_after(rows, settings, processes=context.processes)
     if not (made / "ended").is_file():
@@ -95,7 +89,7 @@ def train(
     save_model(model, out / "model", source=source)
     return Trained(
         parameters=parameters,
-        trained_tokens=sum(int((labels_of(row) >= 0).sum()) for row in rows),
+        trained_tokens=sum(map(planned.learnt, range(len(planned)))),
         curve=curve,
         stopped=False,
         kept_step=None,

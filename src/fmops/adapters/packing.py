@@ -252,3 +252,7 @@ class PlannedBlocks(torch.utils.data.Dataset[Block]):
             raise IndexError(index)
         block = self._blocks[self._plan.order[index]]
         return block.cut(self._plan.last_tokens) if index == len(self) - 1 else block
+
+    def learnt(self, index: int) -> int:
+        """Tokens of a place that carry loss."""
+        return int((labels_of(self[index]) >= 0).sum())

@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import Trainer
-from trl import SFTConfig
 
 from fmops.adapters import ranks
 from fmops.adapters.eyes import Eyes, load_seeing, pictures_of
 from fmops.adapters.held_out import first_dialogues
-from fmops.adapters.model_files import choose_precision, evaluating, load_tokenizer, save_model
-from fmops.adapters.packing import IGNORED, plan_training
-from fmops.adapters.schedule import RATES, Schedule, arguments, evenly
-from fmops.adapters.trainer import Trained, Watch, prepare, run
-from fmops.adapters.trl_sft import SftTrainer
+from fmops.adapters.model_files import evaluating, load_tokenizer
+from fmops.adapters.packing import IGNORED
+from fmops.adapters.trainer import Trained, run
+from fmops.adapters.training_stage import begin, leave, plan_epochs, watch_over
+from fmops.adapters.trl_sft import SftTrainer, sft_config
 from fmops.errors import FmopsError
 from fmops.lifecycle import Instruct
 from fmops.pictures import to_url
@@ -66,63 +65,25 @@ def train(
         raise FmopsError(
             f"runtime.processes is {ranks.world()}, but a model that reads pictures is tuned in one: leave it out."
         )
-    prepare(context)
-    work = out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
-    dtype = choose_precision(context, work=work)
+    work, dtype = begin(context, out=out)
     sizes = [len(dialogue.ids) for dialogue in dialogues]
-    tokens = round(config.epochs * sum(sizes))
-    plan = plan_training(
-        sizes, tokens=min(tokens, config.max_tokens or tokens), batch_tokens=config.batch_tokens, seed=context.seed
-    )
-    if not plan.steps:
-        raise FmopsError(f"epochs {config.epochs} of {sum(sizes)} tokens is less than one step. Raise instruct.epochs.")
+    plan = plan_epochs(config, sizes, seed=context.seed)
     eyes, tokenizer = Eyes(source, remember=True), load_tokenizer(source)
     collate = _collator(eyes, padding=tokenizer.pad_token_id)
     model = load_seeing(source)
     rows = max(part for part in range(1, plan.blocks_per_step + 1) if _divides(part, plan.blocks_per_step, max(sizes)))
-    watch = Watch(
-        plan=plan,
-        context=context,
-        evaluate=_held_out_loss(held_out, collate, dtype=dtype),
-        evaluate_at=evenly(config.evaluations, plan.steps, end=True),
-        save_at=evenly(config.checkpoints, plan.steps, end=False),
-        best="held_out_loss" if config.keep == "best" else None,
-        patience=config.patience,
-    )
+    losses = _held_out_loss(held_out, collate, dtype=dtype)
+    watch = watch_over(plan, config, context, losses=losses, source=source)
     trainer = SeeingTrainer(
         model=model,
-        args=SFTConfig(
-            **arguments(
-                work=work,
-                steps=plan.steps,
-                accumulate=plan.blocks_per_step // rows,
-                schedule=Schedule(config.learning_rate or RATES["full"], warmup=0.1, decay=0.5),
-                dtype=dtype,
-                seed=context.seed,
-            )
-            | {"per_device_train_batch_size": rows},
-            gradient_checkpointing=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-            packing=False,
-            padding_free=False,
-            loss_type="nll",
-        ),
+        args=sft_config(config, plan, micro=rows, work=work, dtype=dtype, seed=context.seed),
         train_dataset=Dataset.from_dict({"place": plan.order}),
         data_collator=lambda some: collate([dialogues[row["place"]] for row in some]),
         processing_class=tokenizer,
     )
     run(trainer, watch, work=work)
-    save_model(model, out / "model", source=source)
-    last = plan.steps if watch.kept_step is None else watch.kept_step
-    read = plan.order[: last * plan.blocks_per_step]
-    return Trained(
-        parameters=model.num_parameters(),
-        trained_tokens=sum(sum(dialogues[index].learnt) for index in read),
-        curve=watch.curve,
-        stopped=watch.stopped,
-        kept_step=watch.kept_step,
+    return leave(
+        watch, model, source=source, out=out, lora=False, learnt=lambda place: sum(dialogues[plan.order[place]].learnt)
     )
 
 

@@ -20,11 +20,12 @@ from transformers import AutoConfig
 
 import fmops
 from fmops.adapters.held_out import held_out_losses
-from fmops.adapters.model_files import choose_precision, load_model, save_model, take_weights
-from fmops.adapters.packing import Plan, PlannedBlocks, labels_of, micro_batch, plan_training, read_blocks
+from fmops.adapters.model_files import load_model, save_model, take_weights
+from fmops.adapters.packing import Plan, PlannedBlocks, micro_batch, read_blocks
 from fmops.adapters.schedule import FLOOR
-from fmops.adapters.trainer import Keep, Trained, prepare
+from fmops.adapters.trainer import Keep, Trained
 from fmops.adapters.training_faults import refuse_not_finite
+from fmops.adapters.training_stage import begin, first_row, plan_blocks
 from fmops.artifacts import Corpus
 from fmops.errors import EXIT_MEMORY, FmopsError, OutOfMemory, StageFailed
 from fmops.frameworks import executable, follow, installed_version, last_words, own_environment
@@ -47,21 +48,17 @@ def train(
         StageFailed: its processes ended early; OutOfMemory when a smaller micro-batch may fit.
     """
     command = executable("torchtitan")
-    prepare(context)
-    work = out / ".work" / FOLDER
-    work.mkdir(parents=True, exist_ok=True)
+    scratch, dtype = begin(context, out=out)
+    work = scratch / FOLDER
+    work.mkdir(exist_ok=True)
     context.environment["torchtitan"] = installed_version(command, "torchtitan")
-    dtype = choose_precision(context, work=work.parent)
     blocks = read_blocks(corpus.train_shards)
     sizes = blocks.sizes()
-    plan = plan_training(sizes, tokens=config.tokens, batch_tokens=config.batch_tokens, seed=context.seed)
-    if not plan.steps:
-        raise FmopsError(f"the corpus has {len(blocks)} blocks with nothing to learn in them. Curate more documents.")
+    plan = plan_blocks(config, sizes, seed=context.seed)
     job = write_job(config, plan=plan, sizes=sizes, source=source, corpus=corpus, work=work, context=context)
     model = load_model(source)
     measure = held_out_losses(corpus, source, dtype=dtype)
-    start: dict[str, float] = {"step": 0, "tokens": 0, **measure(model)}
-    context.metrics(0, **{key: value for key, value in start.items() if key != "step"})
+    start = first_row(measure, model, context)
     if not (work / "export" / "ended").is_file():
         _run(command, job, plan=plan, context=context)
     take_weights(model, work / "export", of="torchtitan")
@@ -75,7 +72,7 @@ def train(
     planned = PlannedBlocks(blocks, plan)
     return Trained(
         parameters=model.num_parameters(),
-        trained_tokens=0 if stopped else sum(int((labels_of(planned[i]) >= 0).sum()) for i in range(len(planned))),
+        trained_tokens=0 if stopped else sum(map(planned.learnt, range(len(planned)))),
         curve=curve,
         stopped=stopped,
         kept_step=None if keep is None else 0 if stopped else plan.steps,

@@ -1,4 +1,4 @@
-"""What all our trainers share: arguments, a watch over every step, resume states that can be trusted.
+"""What all our trainers share: a watch over every step, resume states that can be trusted.
 
 Enters: a training plan and a Transformers or TRL trainer class. Leaves: a trained model, its curve, its resume states.
 Refuses: to apply a step that went wrong, to save weights that are not finite, to go on without resume states.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from fmops.adapters import ranks, resume
-from fmops.adapters.model_files import quiet
 from fmops.adapters.packing import Plan
 from fmops.adapters.sharding import like, settle, whole
 from fmops.adapters.training_faults import (
@@ -41,6 +39,8 @@ STATE = "fmops.json"
 KEPT_WEIGHTS = "kept.safetensors"
 QUARANTINE = "quarantine.jsonl"
 """Steps that were not applied, in the artifact: step, why, what it read."""
+Measure = Callable[[Any], dict[str, float]]
+"""What is found of a model as it is, by name."""
 Keep = Callable[[dict[str, float], dict[str, float]], bool]
 """Whether weights may be kept, by the curve's first row and their own."""
 IN_A_ROW = 3
@@ -65,7 +65,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     plan: Plan
     context: StageContext
-    evaluate: Callable[[Any], dict[str, float]]
+    evaluate: Measure
     """Held-out losses, and scores of suites, of the model as it is."""
     evaluate_at: frozenset[int]
     save_at: frozenset[int]
@@ -105,9 +105,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 0:
-            row = {"step": 0, "tokens": 0, **self._measure(model)}
-            self.curve.append(row)
-            self.context.metrics(0, **{key: value for key, value in row.items() if key != "step"})
+            self.curve.append(told({"step": 0, "tokens": 0, **self._measure(model)}, self.context))
             self._keep_weights(model, 0)
         self._started = (self.context.clock(), self._tokens(state.global_step))
 
@@ -161,9 +159,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 self._keep_weights(model, step)
             elif self.patience is not None and self._since_best(row) >= self.patience:
                 self.stopped = control.should_training_stop = True
-        self.curve.append(row)
+        self.curve.append(told(row, self.context))
         speed = (tokens - self._started[1]) / max(1e-9, self.context.clock() - self._started[0])
-        self.context.metrics(step, **{key: value for key, value in row.items() if key != "step"})
         self.context.progress(tokens, self.plan.tokens, unit="tokens", tokens_per_s=speed, **self._shown(row, speed))
         fault_site("step")
         if self._went_wrong() >= IN_A_ROW:
@@ -284,13 +281,10 @@ class GoBack(Exception):
         self.step = step
 
 
-def prepare(context: StageContext) -> None:
-    """Quiet libraries, as many threads as the context allows, every generator seeded."""
-    quiet()
-    # TRL draws bars of its own; it looks at the environment alone.
-    os.environ["TQDM_DISABLE"] = "1"
-    torch.set_num_threads(context.threads)
-    set_seed(context.seed)
+def told(row: dict[str, float], context: StageContext) -> dict[str, float]:
+    """A row of the curve, reported."""
+    context.metrics(int(row["step"]), **{key: value for key, value in row.items() if key != "step"})
+    return row
 
 
 def run(trainer: Any, watch: Watch, *, work: Path) -> None:

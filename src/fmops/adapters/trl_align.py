@@ -19,7 +19,6 @@ from datasets.utils.logging import disable_progress_bar
 from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.guarded import Guarded
 from fmops.adapters.model_files import (
-    choose_precision,
     evaluating,
     load_model,
     load_tokenizer,
@@ -30,7 +29,8 @@ from fmops.adapters.model_files import (
 from fmops.adapters.packing import Plan
 from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.shared_prefix import share_prefixes
-from fmops.adapters.trainer import Trained, Watch, prepare, run
+from fmops.adapters.trainer import Trained, Watch, run
+from fmops.adapters.training_stage import begin
 from fmops.errors import FmopsError
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
@@ -122,11 +122,9 @@ class Scoring(Guarded):
 
 def set_up(config: Align, *, source: Path, out: Path, context: StageContext) -> Setting:
     """Quiet libraries, seeds, scratch space, precision."""
-    prepare(context)
     disable_progress_bar()
-    work = out / ".work"
-    work.mkdir(parents=True, exist_ok=True)
-    return Setting(config, source, out, work, context, choose_precision(context, work=work))
+    work, dtype = begin(context, out=out)
+    return Setting(config, source, out, work, context, dtype)
 
 
 def plan_examples(examples: Sequence[Counted], *, config: Align, whole: int, item: str, seed: int) -> Plan:

@@ -23,6 +23,7 @@ from fmops.adapters.lm_eval import check_fit, run_task
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.adapters.model_files import evaluating
 from fmops.adapters.sharding import is_sharded
+from fmops.adapters.trainer import Measure
 from fmops.artifacts import Benchmarks
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
@@ -30,7 +31,6 @@ from fmops.evaluation.protocol import PinnedTask, read_lines
 from fmops.lifecycle import Instruct, Pretrain
 from fmops.stage import StageContext
 
-Measure = Callable[[Any], dict[str, float]]
 Tasks = list[tuple[PinnedTask, list[dict[str, Any]]]]
 
 
