@@ -10,7 +10,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -33,7 +33,15 @@ from fmops.stage import StageContext
 LONG_STEPS = 195
 
 
-def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1) -> Checkpoint:
+def train(
+    stage: str,
+    inputs: Path,
+    out: Path,
+    stream: TextIO,
+    *,
+    parts: int = 1,
+    still_mine: Callable[[], None] = lambda: None,
+) -> Checkpoint:
     """Run one training stage as the stage process does."""
     from fmops.finetuning.align import align
     from fmops.finetuning.instruct import instruct
@@ -44,7 +52,7 @@ def train(stage: str, inputs: Path, out: Path, stream: TextIO, *, parts: int = 1
     common = {
         "checkpoint": a_checkpoint(inputs / "base", model),
         "out": out,
-        "context": StageContext(seed=7, stream=stream, micro_batch_parts=parts),
+        "context": StageContext(seed=7, stream=stream, micro_batch_parts=parts, still_mine=still_mine),
     }
     if stage.startswith("long-"):
         # For `benchmarks.checkpoints`: so many resume states over a longer run, or one so many times as long.

@@ -12,10 +12,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 from fmops.errors import FmopsError
 
@@ -41,8 +42,11 @@ class Busy(FmopsError):
 
 
 @contextmanager
-def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock at `path`.
+def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
+    """Hold the lock at `path`. Given is a check that raises `Busy` when somebody else has got it meanwhile.
+
+    The kernel does not let that happen on a local disk, not to a process that is stopped either. A network file system
+    may, after a long silence; and who removes the lock's file lets a second holder in.
 
     Raises:
         Busy: another process holds it after `wait_s` seconds; names its pid, host, command and start.
@@ -59,9 +63,15 @@ def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[None]:
             stream.seek(0)
             stream.truncate()
             me = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv), "since": _now()}
-            stream.write(json.dumps(me))
+            mine = json.dumps({**me, "token": uuid4().hex})
+            stream.write(mine)
             stream.flush()
-            yield
+
+            def still_mine() -> None:
+                if not path.is_file() or path.read_text() != mine:
+                    raise Busy(f"{path.stem} was taken over by {holder(path) or 'another process'}; this one ends.")
+
+            yield still_mine
         finally:
             _held.discard(stream)
 

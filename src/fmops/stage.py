@@ -93,6 +93,8 @@ class StageContext:
     artifact."""
     environment: dict[str, str] = field(default_factory=dict)
     """What this attempt chose by measurement (precision); it goes into the record's environment."""
+    still_mine: Callable[[], None] = lambda: None
+    """Raises when another process has taken the stage over. Asked before anything of it is changed that lasts."""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     clock: Callable[[], float] = time.monotonic
     _last_progress: float = field(default=-1e9, repr=False)

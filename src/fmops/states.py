@@ -1,7 +1,11 @@
 """Resume states in the bucket: what a training stage needs to go on when its machine is gone, disk and all.
 
 Enters: a stage's folder of work while it runs. Leaves: its sealed checkpoints and small files in the bucket, and back.
-Refuses: a checkpoint without a manifest, which is torn; what arrives is compared with its digests by who resumes.
+Refuses: a checkpoint without a manifest, which is torn; what arrives is compared with its digests by who resumes. The
+states of a machine that was thought lost, once another one has taken over.
+
+In the bucket: files by their digest, so that two machines never touch each other's, and one index of them that moves by
+compare-and-swap. It names who holds it: the machine that began last.
 """
 
 from __future__ import annotations
@@ -11,14 +15,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 from fmops.errors import FmopsError
+from fmops.integrity import sha256
 from fmops.shared import Shared, inside
 
 EVERY_S = 15.0
 SMALL_BYTES = 1_000_000
 INDEX = "states.json"
-"""Written last: which checkpoints and files belong together."""
+"""Written last: the manifests of checkpoints, the digests of other files, and who holds it."""
 
 
 @contextmanager
@@ -31,6 +38,9 @@ def mirrored(
     cannot be reached is said once, and does not stop the training.
     """
     states = States(shared, key, work)
+    # Who cannot write is told so as soon as there is something to send.
+    with suppress(FmopsError):
+        states.take_over()
     found = states.restore()
     if found:
         report(f"{found} was left in {shared.address} by another machine; going on from there")
@@ -65,71 +75,95 @@ class States:
     def __init__(self, shared: Shared, key: str, work: Path) -> None:
         self._bucket, self._work = shared.bucket, work
         self._place = self._bucket.outside(f"work/{{prefix}}{key}")
-        self._sent: set[str] = set()
-        self._index = b""
+        self._me = uuid4().hex
+        self._before: str | None = None
+        """Who held it when this one began; without a right to write it still does."""
+        self._sent: dict[str, Any] = {}
+        self._there: set[str] = set()
+
+    def take_over(self) -> None:
+        """From now on nobody who began earlier changes what is there."""
+        index, version = self._read()
+        self._before = index.get("holder")
+        self._write({**index, "holder": self._me}, version)
 
     def send(self) -> None:
-        """Bring there what is sealed here and was not sent yet; the index last."""
-        names = [path.name for path in _sealed(self._work)]
-        for name in names:
-            if name not in self._sent:
-                # Training may remove an old one meanwhile; then it is no longer wanted.
-                with suppress(FileNotFoundError):
-                    self._send(name)
-                    self._sent.add(name)
-        if not names:
+        """Bring there what is sealed here and was not sent yet; the index last.
+
+        Raises:
+            FmopsError: another machine has taken over.
+        """
+        try:
+            manifests = {path.name: (path / _manifest()).read_text("utf-8") for path in _sealed(self._work)}
+            # After the checkpoints: what lies beside them is never older than they are.
+            files = {path.name: sha256(path) for path in sorted(self._work.glob("*")) if _small(path)}
+            sent = {"checkpoints": manifests, "files": files}
+            if not manifests or sent == self._sent:
+                return
+            index, version = self._read()
+            if index.get("holder") not in (self._me, self._before):
+                raise FmopsError("another machine has taken over this stage, this one's are not wanted. Stop it.")
+            for name, manifest in manifests.items():
+                for file, entry in json.loads(manifest)["files"].items():
+                    self._upload(self._work / name / file, entry["sha256"])
+            for name, digest in files.items():
+                self._upload(self._work / name, digest)
+        except FileNotFoundError:
+            # Training has removed an old one meanwhile: the next look finds what is there then.
             return
-        # After the checkpoints: what lies beside them is never older than they are.
-        files = [path for path in sorted(self._work.glob("*")) if path.is_file() and _small(path)]
-        for path in files:
-            self._bucket.replace(f"{self._place}/{path.name}", path.read_bytes())
-        index = json.dumps({"checkpoints": names, "files": [path.name for path in files]}).encode()
-        if index != self._index:
-            self._bucket.replace(f"{self._place}/{INDEX}", index)
-            self._index = index
+        self._write({**sent, "holder": self._me}, version)
+        self._sent = sent
 
     def restore(self) -> str | None:
         """Fetch the newest set if it is newer than what is here; returns its newest checkpoint."""
-        found = self._bucket.read(f"{self._place}/{INDEX}")
-        if found is None:
+        index, _ = self._read()
+        manifests = index.get("checkpoints", {})
+        if not manifests:
             return None
-        index = json.loads(found[0])
-        newest = max(index["checkpoints"], key=_step)
+        newest = max(manifests, key=_step)
         if any(_step(path.name) >= _step(newest) for path in _sealed(self._work)):
             return None
-        for name in index["files"]:
-            self._bucket.download(f"{self._place}/{name}", self._work / inside(name))
-        for name in sorted(index["checkpoints"], key=_step):
-            self._fetch(inside(name))
+        for name, digest in index["files"].items():
+            self._bucket.download(f"{self._place}/{digest}", self._work / inside(name))
+        for name in sorted(manifests, key=_step):
+            self._fetch(inside(name), manifests[name])
         return str(newest)
 
-    def _send(self, name: str) -> None:
-        from fmops.adapters.resume import MANIFEST
+    def _upload(self, path: Path, digest: str) -> None:
+        if digest not in self._there:
+            self._bucket.upload(path, f"{self._place}/{digest}", sha256=digest, memory=self._work / "upload")
+            self._there.add(digest)
 
+    def _fetch(self, name: str, manifest: str) -> None:
         folder = self._work / name
-        manifest = (folder / MANIFEST).read_bytes()
-        for file, entry in json.loads(manifest)["files"].items():
-            self._bucket.upload(
-                folder / file, f"{self._place}/{name}/{file}", sha256=entry["sha256"], memory=self._work / "upload"
-            )
-        self._bucket.replace(f"{self._place}/{name}/{MANIFEST}", manifest)
-
-    def _fetch(self, name: str) -> None:
-        from fmops.adapters.resume import MANIFEST
-
-        found = self._bucket.read(f"{self._place}/{name}/{MANIFEST}")
-        folder = self._work / name
-        if found is None or (folder / MANIFEST).is_file():
+        if (folder / _manifest()).is_file():
             return
-        for file in json.loads(found[0])["files"]:
-            self._bucket.download(f"{self._place}/{name}/{file}", folder / inside(file))
-        (folder / MANIFEST).write_bytes(found[0])
+        for file, entry in json.loads(manifest)["files"].items():
+            self._bucket.download(f"{self._place}/{entry['sha256']}", folder / inside(file))
+        (folder / _manifest()).write_text(manifest, "utf-8")
+
+    def _read(self) -> tuple[dict[str, Any], str | None]:
+        """The index and its version."""
+        found = self._bucket.read(f"{self._place}/{INDEX}")
+        return (json.loads(found[0]), found[1]) if found else ({}, None)
+
+    def _write(self, index: dict[str, Any], version: str | None) -> None:
+        from fmops.adapters.s3 import Moved
+
+        try:
+            self._bucket.write(f"{self._place}/{INDEX}", json.dumps(index).encode(), seen=version)
+        except Moved:
+            raise FmopsError("another machine has taken over this stage at this moment. Run again.") from None
+
+
+def _manifest() -> str:
+    from fmops.adapters.resume import MANIFEST
+
+    return MANIFEST
 
 
 def _sealed(work: Path) -> list[Path]:
-    from fmops.adapters.resume import MANIFEST
-
-    found = [path.parent for path in work.glob(f"checkpoint-*/{MANIFEST}")]
+    found = [path.parent for path in work.glob(f"checkpoint-*/{_manifest()}")]
     return sorted(found, key=lambda path: _step(path.name))
 
 
@@ -138,4 +172,4 @@ def _step(name: str) -> int:
 
 
 def _small(path: Path) -> bool:
-    return path.stat().st_size <= SMALL_BYTES and not path.name.endswith(".tmp")
+    return path.is_file() and path.suffix not in (".tmp", ".jsonl") and path.stat().st_size <= SMALL_BYTES

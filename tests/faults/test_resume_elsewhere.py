@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import local_s3
 import pytest
 from training_run import digests, train
 
+from fmops.errors import FmopsError
 from fmops.shared import Shared
 from fmops.states import States, mirrored
 
@@ -72,6 +76,15 @@ def on_a_machine(inputs: Path, out: Path, shared: Shared, fault: str = "") -> su
     )  # fmt: skip
 
 
+def index(s3: local_s3.LocalS3) -> dict[str, Any]:
+    """What the bucket says of the stage's states."""
+    name = f"work/{PREFIX}/{KEY}/states.json"
+    if name not in s3.names():
+        return {}
+    found: dict[str, Any] = json.loads(s3.client.get_object(Bucket=local_s3.BUCKET, Key=name)["Body"].read())
+    return found
+
+
 def sealed(work: Path, step: int, content: bytes = b"weights") -> Path:
     """A checkpoint as training seals it."""
     from fmops.adapters.resume import seal
@@ -98,6 +111,39 @@ def test_another_machine_goes_on_and_comes_to_the_same_weights(inputs, shared, t
     assert digests(other) == digests(whole)
 
 
+def test_a_machine_that_wakes_after_another_took_over_keeps_no_state(s3, inputs, shared, tmp_path):
+    tests = str(Path(__file__).parents[1])
+    first = tmp_path / "first" / "out"
+    command = [sys.executable, "-c", TRAIN, tests, str(inputs), str(first), shared.address, KEY]
+    environment = {**os.environ, "FMOPS_FAULT": "step:5:SIGSTOP"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as paused:
+        try:
+            assert os.WIFSTOPPED(os.waitpid(paused.pid, os.WUNTRACED)[1])
+            done = on_a_machine(inputs, tmp_path / "second" / "out", shared)
+            assert done.returncode == 0, done.stderr
+            after = index(s3)
+            paused.send_signal(signal.SIGCONT)
+            said = paused.communicate(timeout=120)[0]
+        finally:
+            paused.kill()
+    assert "NOTE resume states do not reach the store: another machine has taken over this stage" in said
+    assert index(s3) == after
+    assert digests(first) == digests(tmp_path / "second" / "out")
+
+
+def test_who_began_last_holds_the_states_and_files_of_two_never_mix(shared, tmp_path):
+    sealed(tmp_path / "one", 3, b"of one")
+    sealed(tmp_path / "two", 3, b"of two")
+    one, two = (States(shared, KEY, tmp_path / name) for name in ("one", "two"))
+    one.take_over()
+    two.take_over()
+    two.send()
+    with pytest.raises(FmopsError, match="another machine has taken over this stage"):
+        one.send()
+    States(shared, KEY, tmp_path / "three").restore()
+    assert (tmp_path / "three/checkpoint-3/model.safetensors").read_bytes() == b"of two"
+
+
 def test_killed_outright_what_was_sent_before_is_there(s3, shared, tmp_path):
     sealed(tmp_path / "work", 3)
     code = TRAIN.replace(
@@ -110,7 +156,7 @@ def test_killed_outright_what_was_sent_before_is_there(s3, shared, tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
         deadline = time.monotonic() + 30
-        while not s3.names(f"work/{PREFIX}/{KEY}/states.json"):
+        while "checkpoint-3" not in index(s3).get("checkpoints", {}):
             assert time.monotonic() < deadline
         process.kill()
     assert States(shared, KEY, tmp_path / "elsewhere").restore() == "checkpoint-3"
@@ -120,8 +166,7 @@ def test_states_lie_where_the_buckets_rule_removes_them(s3, shared, tmp_path):
     sealed(tmp_path / "work", 3)
     States(shared, KEY, tmp_path / "work").send()
     assert s3.names() == [
-        f"work/{PREFIX}/{KEY}/checkpoint-3/manifest.json",
-        f"work/{PREFIX}/{KEY}/checkpoint-3/model.safetensors",
+        f"work/{PREFIX}/{KEY}/{hashlib.sha256(b'weights').hexdigest()}",
         f"work/{PREFIX}/{KEY}/states.json",
     ]
 
@@ -136,7 +181,7 @@ def test_only_what_is_sealed_is_sent_and_nothing_twice(s3, shared, tmp_path):
     states.send()
     s3.requests.clear()
     states.send()
-    assert s3.count("PUT", "checkpoint-") == 0
+    assert s3.count("PUT", "work/") == 0
     elsewhere = tmp_path / "elsewhere"
     assert States(shared, KEY, elsewhere).restore() == "checkpoint-3"
     assert sorted(path.name for path in elsewhere.iterdir()) == ["checkpoint-3", "precision"]

@@ -23,6 +23,7 @@ from training_run import digests, train
 
 from fmops.adapters import resume
 from fmops.errors import StageFailed
+from fmops.locks import Busy, locked
 
 STAGES = ("pretrain", "instruct", "align")
 
@@ -121,6 +122,45 @@ def test_a_model_that_sees_is_trained_on_from_where_it_was_killed(tmp_path):
     killed("instruct-seeing", tmp_path, tmp_path / "out", "checkpoint-sealed:2")
     train("instruct-seeing", tmp_path, tmp_path / "out", io.StringIO())
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+ALONE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from training_run import train
+from fmops.locks import locked
+
+inputs, out = Path(sys.argv[2]), Path(sys.argv[3])
+with locked(out.parent / "lock") as still_mine:
+    train("pretrain", inputs, out, sys.stdout, still_mine=still_mine)
+    still_mine()
+    (out / "record.json").write_text("of the first")
+"""
+
+
+def test_who_is_paused_and_wakes_after_another_took_over_commits_nothing(inputs, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", ALONE, str(Path(training_run.__file__).parent), str(inputs), str(out)]
+    environment = {**os.environ, "FMOPS_FAULT": "step:4:SIGSTOP", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as paused:
+        try:
+            assert os.WIFSTOPPED(os.waitpid(paused.pid, os.WUNTRACED)[1])
+            # A process that is stopped keeps its lock...
+            with pytest.raises(Busy, match=f"is held by pid {paused.pid} on "), locked(tmp_path / "lock"):
+                pass
+            # ... until a file system loses it, or somebody removes the file.
+            (tmp_path / "lock").unlink()
+            with locked(tmp_path / "lock") as still_mine:
+                train("pretrain", inputs, out, io.StringIO(), still_mine=still_mine)
+                still_mine()
+                paused.send_signal(signal.SIGCONT)
+                said = paused.communicate(timeout=120)[1]
+        finally:
+            paused.kill()
+    assert paused.returncode == 1
+    assert f"Busy: lock was taken over by pid {os.getpid()} on" in said
+    assert digests(out) == uninterrupted("pretrain")
 
 
 @pytest.mark.parametrize("stage", STAGES)

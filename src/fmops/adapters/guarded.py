@@ -106,6 +106,7 @@ class Guarded:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         fault_site("checkpoint-begin")
+        self.watch.context.still_mine()
         self.watch.wait_for_disk()
         refuse_not_finite(self.model)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -318,6 +318,7 @@ def run(trainer: Any, watch: Watch, *, work: Path) -> None:
     if watch.kept_step not in (None, trainer.state.global_step):
         watch.put_back(trainer.model)
     refuse_not_finite(trainer.model)
+    watch.context.still_mine()
     _write_quarantine(work.parent / QUARANTINE, watch)
 
 

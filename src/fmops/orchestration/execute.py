@@ -56,7 +56,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
     if step.record:
         return step.record
     out = project.store.folder(step.node.stage.name, step.fingerprint)
-    with locked(project.store.root / "locks" / out.name, wait_s=10):
+    with locked(project.store.root / "locks" / out.name, wait_s=10) as still_mine:
         kept = project.store.made_here(step.node.stage.name, step.fingerprint)
         if kept:
             # Killed, or cut off from the bucket, before it got there.
@@ -71,6 +71,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             sharding=project.spec.runtime.sharding,
             precision=project.spec.runtime.precision,
             micro_batch_parts=int(os.environ.get(MICRO_BATCH_PARTS, "1")),
+            still_mine=still_mine,
             stream=stream,
         )
         started, cpu = time.monotonic(), _cpu_seconds()
@@ -82,6 +83,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             "peak_bytes": _peak_bytes(),
             **{name: float(f"{value:.5g}") for name, value in context.cost.items()},
         }
+        still_mine()
         record = _record(project, step, artifact, cost, context.environment)
         record = project.store.commit(record)
         # Only now: a stage killed while it commits still finds its resume state.

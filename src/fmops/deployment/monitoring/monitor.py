@@ -186,7 +186,7 @@ class Watcher:
                 log.writelines(alarm.model_dump_json() + "\n" for alarm in state.alarms[-new:])
         return report
 
-    def _locked(self) -> AbstractContextManager[None]:
+    def _locked(self) -> AbstractContextManager[object]:
         return locked(self._store.root / LOCK, wait_s=10)
 
 

@@ -248,7 +248,7 @@ class Controller:
         write_atomically(self._store.root / "metrics" / "rollout.prom", metrics_text(saved))
         return saved
 
-    def _locked(self) -> AbstractContextManager[None]:
+    def _locked(self) -> AbstractContextManager[object]:
         return locked(self._store.root / LOCK, wait_s=10)
 
 
