@@ -105,7 +105,7 @@ class EndpointLM(LM):  # type: ignore[misc]
     def _score(self, context: str, answer: str) -> tuple[float, bool]:
         if context.startswith(_CHAT):
             raise FmopsError(
-                "an endpoint tells no log-likelihoods of a chat. Drop `chat`, or evaluate the model itself."
+                f"{self.endpoint.url} tells no log-likelihoods of a chat. Drop `chat`, or evaluate the model itself."
             )
         # Spaces between both belong to the answer, as in the harness: tokens begin with them.
         kept = context.rstrip()

@@ -57,7 +57,7 @@ def train(
     if context.micro_batch_parts > 1:
         raise StageFailed(
             "out of memory, and a batch of kto cannot be cut: its estimate of the drift would change. "
-            "Lower align.max_tokens, or train with LoRA."
+            f"Lower align.max_tokens ({config.max_tokens}), or train with LoRA."
         )
     setting = set_up(config, source=source, out=out, context=context)
     micro = next(size for size in MICRO_BATCHES if config.batch_pairs % size == 0)

@@ -134,7 +134,9 @@ def _pair(row: dict[str, Any], *, tokenizer: Any) -> Pair:
     prompt, chosen = _split(row["prompt"], row["chosen"], tokenizer=tokenizer)
     same, rejected = _split(row["prompt"], row["rejected"], tokenizer=tokenizer)
     if prompt != same:
-        raise Unusable("its prompt is tokenised differently before the two answers")
+        raise Unusable(
+            f"its prompt is {len(prompt)} tokens before one answer, and {len(same)} or others before the other"
+        )
     return Pair(prompt, chosen, rejected)
 
 
