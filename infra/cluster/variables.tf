@@ -183,7 +183,7 @@ variable "lustre" {
     capacity_gib            = number
     throughput_mbps_per_tib = number
   })
-  description = "An FSx for Lustre file system over the artifacts' bucket, for training sets that S3 feeds too slowly. Null: none."
+  description = "An FSx for Lustre file system: training on several nodes needs one; its folder data is the artifacts' bucket's, for sets that S3 feeds too slowly. Null: none."
   default     = null
   validation {
     condition     = var.lustre == null ? true : var.lustre.capacity_gib == 1200 || (var.lustre.capacity_gib > 0 && var.lustre.capacity_gib % 2400 == 0)

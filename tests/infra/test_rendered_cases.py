@@ -78,7 +78,7 @@ def test_pretraining_on_trainium_asks_for_devices_and_the_other_stages_for_proce
     asked = {
         name: pod["containers"][0]["resources"]["limits"].get("aws.amazon.com/neuron") for name, pod in pods.items()
     }
-    assert asked == {"base": None, "corpus": None, "pretrain": "8", "release": None}
+    assert asked == {"base": None, "corpus": None, "pretrain": "16", "release": None}
     assert pods["pretrain"]["nodeSelector"]["node.kubernetes.io/instance-type"] == "trn1.32xlarge"
     text = (NEURON / "README.md").read_text(encoding="utf-8")
     price = COSTS["prices"]["trn1.32xlarge"]

@@ -5,8 +5,11 @@ The fake API runs no controllers: the test plays KubeRay, and runs each job's ow
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ import yaml
 
 from fmops.adapters.kubernetes import connect
 from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
+from fmops.orchestration.cluster_plan import render_cluster_plan
 from fmops.orchestration.deploy import Platform
 from fmops.orchestration.eks import EksLauncher, render_run
 from fmops.orchestration.project import Project
@@ -268,6 +272,27 @@ def test_a_dry_run_prints_every_job_and_asks_nobody(spec):
     assert pretrain["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert pretrain["nodeSelector"]["node.kubernetes.io/instance-type"].startswith("g6")
     assert pretrain["containers"][0]["image"].endswith(f"/stages@{DIGEST}")
+
+
+def test_a_dry_run_shows_a_gang_for_what_one_node_does_not_hold(spec, tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "large")
+    config = tmp_path / "large" / "config.json"
+    large = {"hidden_size": 5120, "num_hidden_layers": 80, "intermediate_size": 27648, "num_attention_heads": 40}
+    large |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
+    config.write_text(json.dumps(json.loads(config.read_text()) | large))
+    said = yaml.safe_load(spec.read_text())
+    spec.write_text(yaml.safe_dump(said | {"base": "large", "pretrain": {"tokens": 2**24, "batch_tokens": 2**20}}))
+    gpu = dataclasses.replace(platform("gpu"), pools={"gpu-training": 768}, shared_files=True)
+    jobs = list(yaml.safe_load_all(render_run(Project.open(spec), platform=gpu, baked_in=True)))[1:]
+    clusters = {each["metadata"]["labels"]["fmops/stage"]: each["spec"]["rayClusterSpec"] for each in jobs}
+    gangs = {name: cluster["workerGroupSpecs"] for name, cluster in clusters.items() if "workerGroupSpecs" in cluster}
+    assert {name: [group["replicas"] for group in groups] for name, groups in gangs.items()} == {"pretrain": [1]}
+
+
+def test_a_plan_names_the_nodes_of_training_and_of_the_endpoint(spec):
+    text = render_cluster_plan(Project.open(spec), on=None, nodes=None, requests_per_s=1.0)
+    assert re.search(r"pretrain +1,024 +1 × g6\.xlarge +1 × 1 × 1 +0\.1", text), text
+    assert "endpoint: 1 requests/s of 512 and 256 tokens" in text
 
 
 def test_an_image_without_digest_is_refused(spec):

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from fmops.errors import FmopsError
+from fmops.orchestration.estimate import ASSUMED_FLOPS_PER_THREAD
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import table
@@ -37,6 +38,12 @@ def render_cluster_plan(project: Project, *, on: str | None, nodes: int | None, 
     for name, work in works(project, planner).items():
         if work is None:
             unknown.append(name)
+            continue
+        if steps[name].node.stage.name == "evaluate":
+            # The scorer computes on processors, eight of them; what they cost is lost beside the other rows.
+            taken = START_H + work.tokens * shape.training_flops(work.sequence) / (8 * ASSUMED_FLOPS_PER_THREAD) / 3600
+            hours += taken
+            rows.append((name, f"{work.tokens:,.0f}", "8 processors", "", f"{taken:,.2f}", "", ""))
             continue
         best = min((size for each in kinds if (size := _sized(shape, work, each, nodes))), key=_cost, default=None)
         if best is None:

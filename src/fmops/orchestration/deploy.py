@@ -56,6 +56,10 @@ class Platform:
     profile: str
     registry: str
     digests: dict[str, str] = field(default_factory=dict)
+    pools: dict[str, int] = field(default_factory=dict)
+    """The ceiling of each node pool, in vCPU."""
+    shared_files: bool = False
+    """Whether nodes have a file system that they share (`lustre` in infra/cluster)."""
 
     @classmethod
     def read(cls, folder: Path) -> Platform:
@@ -71,7 +75,10 @@ class Platform:
             found |= yaml.safe_load((folder / name).read_text(encoding="utf-8"))
         cluster = found["cluster"]
         digests = {name: image["digest"] for name, image in found["images"].items() if image.get("digest")}
-        return cls(cluster["name"], cluster["profile"], cluster["registry"], digests)
+        shared = bool(cluster.get("lustre"))
+        return cls(
+            cluster["name"], cluster["profile"], cluster["registry"], digests, cluster.get("pools") or {}, shared
+        )
 
     @property
     def device(self) -> Device:

@@ -9,28 +9,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmops.errors import EXIT_FAILED, EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
 from fmops.orchestration.cluster_plan import shape_of, works
 from fmops.orchestration.deploy import Platform, as_yaml
-from fmops.orchestration.execute import MICRO_BATCH_PARTS
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.ray_jobs import (
     NAMESPACE,
     SUBMITTER,
-    TRAINS,
     VERSION,
     Manifest,
-    job_name,
+    Run,
     ray_job,
     require_reachable,
-    share_of,
     spec_map,
 )
+from fmops.orchestration.shares import TRAINS, share_of
 from fmops.store import Record
 
 if TYPE_CHECKING:
@@ -66,13 +64,12 @@ class EksLauncher:
             StageFailed: the stage's own error, or how its job ended.
         """
         planner = project.planner()
-        step = planner.plan()[name]
+        step = replace(planner.plan()[name], fingerprint=fingerprint)
         starved = lost = 0
         while True:
             spec, job = manifests_of(
-                project, planner, step, fingerprint=fingerprint, attempt=starved, platform=self.platform,
-                baked_in=self.baked_in,
-            )  # fmt: skip
+                project, planner, step, platform=self.platform, baked_in=self.baked_in, attempt=starved
+            )
             self.cluster.apply(spec)
             failure = self._follow(self._submit(job, on_event), log=log, on_event=on_event)
             if failure is None:
@@ -100,7 +97,7 @@ class EksLauncher:
         name = str(job["metadata"]["name"])
         try:
             self.cluster.create(job)
-            on_event({"event": "note", "text": f"submitted RayJob {name}"})
+            on_event({"event": "note", "text": f"submitted RayJob {name} for {_place(job)}"})
         except Conflict:
             found = self.cluster.get("RayJob", name, version=VERSION, namespace=NAMESPACE)
             if found is None or _is_over(found):
@@ -177,6 +174,14 @@ def _is_over(job: Manifest) -> bool:
     return state in ("Failed", "ValidationFailed") or "deletionTimestamp" in job["metadata"]
 
 
+def _place(job: Manifest) -> str:
+    """The nodes that a job asks for, in words."""
+    cluster = job["spec"]["rayClusterSpec"]
+    nodes = 1 + sum(group["replicas"] for group in cluster.get("workerGroupSpecs", ()))
+    chosen = cluster["headGroupSpec"]["template"]["spec"]["nodeSelector"]
+    return f"{nodes} × {chosen.get('node.kubernetes.io/instance-type', 'processors')}"
+
+
 def _event(line: str) -> Event | None:
     try:
         found = json.loads(line)
@@ -195,33 +200,29 @@ def _told(state: str) -> str:
 
 
 def manifests_of(
-    project: Project, planner: Planner, step: Step, *, fingerprint: str | None, attempt: int, platform: Platform,
-    baked_in: bool,
-) -> tuple[Manifest, Manifest]:  # fmt: skip
+    project: Project, planner: Planner, step: Step, *, platform: Platform, baked_in: bool, attempt: int = 0
+) -> tuple[Manifest, Manifest]:
     """The ConfigMap and the RayJob of a node.
 
     Raises:
-        FmopsError: the store is no bucket, a source is local, or no node holds it.
+        FmopsError: the store is no bucket, a source is local, or no nodes hold it.
     """
     if project.store.shared is None:
         raise FmopsError(
             f"the cluster cannot reach {project.store.root}. Name a bucket: --store s3://bucket/prefix, or "
             "`runtime: {store: …}`."
         )
+    node = step.node
     if not baked_in:
-        require_reachable(project.graph, step.node.name)
-    base = planner.plan()["base"]
-    shape = shape_of(planner, base)
+        require_reachable(project.graph, node.name)
+    config: Any = node.config
     share = share_of(
-        step.node.stage.name, shape=shape, work=works(project, planner).get(step.node.name), profile=platform.profile
-    )
-    spec = spec_map(project.spec_path.read_text(encoding="utf-8"))
-    job = ray_job(
-        step.node, fingerprint=fingerprint, attempt=attempt, share=share, spec=spec,
-        store=project.store.shared.address, platform=platform, lifecycle=project.spec.name,
-        environment={MICRO_BATCH_PARTS: str(2**attempt)} if attempt else {},
+        node.stage.name, shape=shape_of(planner, planner.plan()["base"]), work=works(project, planner).get(node.name),
+        framework=getattr(config, "engine" if node.stage.name == "release" else "framework", None), platform=platform,
     )  # fmt: skip
-    return spec, job
+    text = project.spec_path.read_text(encoding="utf-8")
+    run = Run(project.spec.name, text, project.store.shared.address, platform)
+    return spec_map(text), ray_job(step, share=share, run=run, attempt=attempt)
 
 
 def render_run(project: Project, *, platform: Platform, baked_in: bool) -> str:
@@ -231,11 +232,6 @@ def render_run(project: Project, *, platform: Platform, baked_in: bool) -> str:
     for step in planner.plan().values():
         if step.state not in ("run", "waiting"):
             continue
-        spec, job = manifests_of(
-            project, planner, step, fingerprint=step.fingerprint, attempt=0, platform=platform, baked_in=baked_in
-        )
+        spec, job = manifests_of(project, planner, step, platform=platform, baked_in=baked_in)
         made += [job] if made else [spec, job]
     return as_yaml(made)
-
-
-__all__ = ["EksLauncher", "job_name", "manifests_of", "render_run"]

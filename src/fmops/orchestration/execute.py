@@ -34,6 +34,8 @@ MICRO_BATCH_PARTS = "FMOPS_MICRO_BATCH_PARTS"
 """Set by the launcher after the memory ran out."""
 PROCESSES = "FMOPS_PROCESSES"
 """Set by the launcher on a cluster, one a device; the spec's number is for this machine."""
+LAUNCHER = "FMOPS_LAUNCHER"
+"""Set beside it where they are on several nodes; the spec's is for this machine."""
 PID_FILE = "FMOPS_PID_FILE"
 """Where the stage process leaves its number, so that whoever stops its pod can tell it first."""
 
@@ -67,7 +69,7 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
             seed=project.spec.seed,
             threads=project.threads,
             processes=int(os.environ.get(PROCESSES, project.spec.runtime.processes)),
-            launcher=project.spec.runtime.launcher,
+            launcher=os.environ.get(LAUNCHER, project.spec.runtime.launcher),
             sharding=project.spec.runtime.sharding,
             precision=project.spec.runtime.precision,
             micro_batch_parts=int(os.environ.get(MICRO_BATCH_PARTS, "1")),

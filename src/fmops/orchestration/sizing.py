@@ -118,6 +118,7 @@ class Instance(Frozen):
     vcpu: int
     host_gib: int = Field(description="Of the node itself.")
     dollars_per_hour: float
+    efa: int = Field(0, description="Interfaces of its fabric that pods may ask for.")
     mfu: float = GPU_MFU
     trains: bool = True
 
