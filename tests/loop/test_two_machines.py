@@ -10,6 +10,7 @@ from pathlib import Path
 import local_s3
 import pytest
 
+from fmops.errors import FmopsError
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import find_release
 
@@ -49,6 +50,8 @@ def test_what_one_machine_made_is_there_for_the_other(copied, tmp_path, monkeypa
         artifacts = other / ".fmops" / "artifacts"
         assert not list(artifacts.rglob("*.safetensors"))
         monkeypatch.setenv("FMOPS_STORE", STORE)
+        with pytest.raises(FmopsError, match=r"has no keys/signing\.pub.*export FMOPS_VERIFY_KEY="):
+            find_release(Project.open(spec), "champion")
         monkeypatch.setenv("FMOPS_VERIFY_KEY", os.fspath(copied.parent / ".fmops" / "keys" / "signing.pub"))
         record, release = find_release(Project.open(spec), "champion")
         assert record.key == champion
