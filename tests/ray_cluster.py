@@ -16,7 +16,8 @@ from unittest import mock
 # Ray reads its token once, when it is first asked for: before anything imports it.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
-NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "dashboard_agent_listen_port": 0}
+"""Any free port for the agent, which takes jobs: by itself Ray wants one number, which another cluster may hold."""
 
 
 @contextmanager

@@ -25,12 +25,14 @@ from ray_cluster import lose_a_node, two_nodes
 from fmops.adapters.kubernetes import connect
 from fmops.orchestration.deploy import Platform
 from fmops.orchestration.eks import EksLauncher
-from fmops.orchestration.execute import execute
+from fmops.orchestration.execute import LAUNCHER, PROCESSES, execute
 from fmops.orchestration.project import Project
 
 pytestmark = pytest.mark.xdist_group("ray")
 
 STAMP = "2026-11-27T00:00:00.{:09d}Z"
+GANG = {LAUNCHER: "ray", PROCESSES: "2"}
+"""What a job over several nodes says of itself; the spec's runtime is for one machine."""
 ENDED = {"SUCCEEDED": "Complete", "FAILED": "Failed", "STOPPED": "Complete"}
 
 
@@ -50,7 +52,8 @@ class KubeRay:
             if "status" not in job:
                 pod = {"kind": "Pod", "metadata": {"name": name, "labels": {"batch.kubernetes.io/job-name": name}}}
                 self.api.objects[f"/api/v1/namespaces/fmops-train/pods/{name}"] = pod
-                self.client.submit_job(entrypoint=self._here(job["spec"]["entrypoint"]), submission_id=name)
+                entrypoint = self._here(job["spec"]["entrypoint"])
+                self.client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env={"env_vars": GANG})
                 self.api.change("RayJob", name, status={"jobDeploymentStatus": "Running"})
                 continue
             state = self.client.get_job_status(name)
@@ -82,7 +85,7 @@ def spec(tmp_path, tiny_model, monkeypatch):
         "name": "mine", "base": os.path.relpath(tiny_model, tmp_path),
         "data": {"corpora": {"docs": {"source": "docs/*.txt"}}}, "curate": {"block_tokens": 128, "quality": False},
         "pretrain": {"tokens": 18_432, "batch_tokens": 384, "checkpoints": 8, "evaluations": 1},
-        "runtime": {"launcher": "ray", "processes": 2, "sharding": "ddp", "threads": 1, "precision": "float32"},
+        "runtime": {"processes": 2, "sharding": "ddp", "threads": 1, "precision": "float32"},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(said))
     with local_s3.serve() as s3, fake_kubernetes.serve() as api:
@@ -118,7 +121,6 @@ def test_a_node_dies_during_pretraining_and_the_weights_are_those_of_a_run_that_
 
     # The same work under torchrun, with nobody killed, for a bucket that knows nothing of it.
     monkeypatch.setenv("FMOPS_STORE", f"s3://{local_s3.BUCKET}/alone")
-    path.write_text(path.read_text().replace("launcher: ray", "launcher: torchrun"))
     alone = [made_here(path, name) for name in ("base", "corpus", "pretrain")][-1]
     assert (alone.fingerprint, alone.digest) == (record.fingerprint, record.digest)
 
