@@ -57,3 +57,11 @@ def test_local_links_in_the_docs_lead_somewhere():
             if not (page.parent / target).exists():
                 broken.append(f"{page.relative_to(ROOT)} → {target}")
     assert not broken
+
+
+@pytest.mark.xdist_group("here")
+def test_groups_of_tests_reach_the_workers(request):
+    """Without, each worker would make what a group shares: the small lifecycle, a Ray cluster, an applied cluster."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("no workers, or no --dist loadgroup")
+    assert request.node.nodeid.endswith("@here")
