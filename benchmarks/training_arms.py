@@ -320,7 +320,8 @@ def _unwatched(kind: type) -> type:
     def past_the_watch(name: str) -> Callable[..., Any]:
         return lambda self, *args, **kwargs: getattr(super(Guarded, self), name)(*args, **kwargs)
 
-    return type("Unwatched", (kind,), {name: past_the_watch(name) for name in ("training_step", "_clip_grad_norm")})
+    guards = [name for name, value in vars(Guarded).items() if callable(value) and not name.startswith("__")]
+    return type("Unwatched", (kind,), {name: past_the_watch(name) for name in guards})
 
 
 def sft_work(setting: Setting) -> dict[str, Any]:
