@@ -32,8 +32,9 @@ quickstart-tiny: setup
 	python quickstart/prepare.py --tiny
 	fmops run --spec quickstart/tiny.yaml --workspace quickstart/.fmops-tiny
 
+# Three for two cores: servers, Terraform and Ray make their tests wait.
 test: setup tools
-	pytest -n 2 --dist loadgroup --durations 40 --durations-min 8
+	pytest -n 3 --dist loadgroup --durations 40 --durations-min 8
 
 # What the tests of the infrastructure call: helm and promtool, checkov in an environment of its own.
 tools: $(READY)
