@@ -51,12 +51,15 @@ def test_stages_run_once_each_in_the_order_of_the_lifecycle(tmp_path):
 def test_a_run_in_the_background_can_be_ended(tmp_path):
     # A shell gives its background jobs SIGINT ignored; Dagster binds SIGTERM to SIGINT. Engines would inherit both.
     project, records = opened(tmp_path)
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ray binds SIGTERM, too, in a worker that tested it before.
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         assert run(project, lambda name: records[name], "pretrain")
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGINT, interrupt)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_only_the_selection_runs(tmp_path):
