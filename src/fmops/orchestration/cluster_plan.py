@@ -15,6 +15,7 @@ from fmops.errors import FmopsError
 from fmops.orchestration.estimate import ASSUMED_FLOPS_PER_THREAD
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
+from fmops.orchestration.shares import PROCESSORS
 from fmops.orchestration.show import table
 from fmops.orchestration.sizing import Instance, Load, Shape, Training, Work, instance, instances, serving, training
 
@@ -40,10 +41,11 @@ def render_cluster_plan(project: Project, *, on: str | None, nodes: int | None, 
             unknown.append(name)
             continue
         if steps[name].node.stage.name == "evaluate":
-            # The scorer computes on processors, eight of them; what they cost is lost beside the other rows.
-            taken = START_H + work.tokens * shape.training_flops(work.sequence) / (8 * ASSUMED_FLOPS_PER_THREAD) / 3600
+            # The scorer computes on processors; what they cost is lost beside the other rows.
+            flops = PROCESSORS * ASSUMED_FLOPS_PER_THREAD
+            taken = START_H + work.tokens * shape.training_flops(work.sequence) / flops / 3600
             hours += taken
-            rows.append((name, f"{work.tokens:,.0f}", "8 processors", "", f"{taken:,.2f}", "", ""))
+            rows.append((name, f"{work.tokens:,.0f}", f"{PROCESSORS} processors", "", f"{taken:,.2f}", "", ""))
             continue
         best = min((size for each in kinds if (size := _sized(shape, work, each, nodes))), key=_cost, default=None)
         if best is None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fmops.errors import EXIT_FAILED, EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
 from fmops.orchestration.cluster_plan import shape_of, works
 from fmops.orchestration.deploy import Platform, as_yaml
+from fmops.orchestration.execute import TRAINING
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.ray_jobs import (
@@ -28,7 +29,7 @@ from fmops.orchestration.ray_jobs import (
     require_reachable,
     spec_map,
 )
-from fmops.orchestration.shares import TRAINS, share_of
+from fmops.orchestration.shares import share_of
 from fmops.store import Record
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class EksLauncher:
                 lost += 1
                 self._take_away(job["metadata"]["name"])
                 on_event({"event": "note", "text": f"{failure['error']} It is submitted again."})
-            elif failure["code"] == EXIT_MEMORY and step.node.stage.name in TRAINS and starved < ATTEMPTS - 1:
+            elif failure["code"] == EXIT_MEMORY and step.node.stage.name in TRAINING and starved < ATTEMPTS - 1:
                 starved += 1
                 on_event(
                     {"event": "note", "text": "out of memory; again with micro-batches cut, the global batch stays"}

@@ -93,8 +93,6 @@ class _Run:
     view: View
     launch: Launcher
     alias: Alias = "champion"
-    made: set[str] = field(default_factory=set)
-    """Nodes whose artifacts this run committed."""
     folder: Path = field(init=False)
     log: EventLog = field(init=False)
 
@@ -119,7 +117,7 @@ class _Run:
         try:
             self._materialise(todo)
             _raise_unless_promoted(self.steps, self.folder)
-            champion = self._promote(champion)
+            champion = _promote(self.project, self.steps, self.alias, expected=champion, why=f"run {self.folder.name}")
         except BaseException as caught:
             error = caught
             raise
@@ -140,7 +138,8 @@ class _Run:
 
     def execute(self, name: str) -> Record:
         """Run one node, or find that its content is there already; called in the graph's order."""
-        step = self.planner.step(self.project.graph.nodes[name], self.steps, on_damage=self._set_aside)
+        on_damage = partial(_set_aside, self.project.store, self.view)
+        step = self.planner.step(self.project.graph.nodes[name], self.steps, on_damage=on_damage)
         if step.record:
             self.log.add(name, "cached", fingerprint=step.record.fingerprint)
             self.steps[name] = step
@@ -161,22 +160,14 @@ class _Run:
             raise
         fault_site(f"run-after-{name}")
         self.log.add(name, "finished", fingerprint=record.fingerprint, cost=record.cost, summary=summarise(record))
-        self.made.add(name)
+        if record.kind == "release" and record.key in self.project.store.aliases().values():
+            # Damaged, and made again under its name: its record is another one than was signed.
+            sign_release(self.project.store, record)
         self.steps[name] = Step(
             node=step.node, state="cached", reason="made now", fingerprint=record.fingerprint, inputs=step.inputs,
             record=record,
         )  # fmt: skip
         return record
-
-    def _promote(self, champion: str | None) -> str | None:
-        release = self.steps["release"].record
-        if release and "release" in self.made and release.key in self.project.store.aliases().values():
-            # It was damaged and is made again under its name: its record is another one than was signed.
-            sign_release(self.project.store, release)
-        return _promote(self.project, self.steps, self.alias, expected=champion, why=f"run {self.folder.name}")
-
-    def _set_aside(self, record: Record, fault: str) -> None:
-        _set_aside(self.project.store, self.view, record, fault)
 
     def _forward(self, name: str, event: Mapping[str, Any]) -> None:
         fault_site("run-event")

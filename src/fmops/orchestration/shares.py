@@ -13,7 +13,7 @@ from math import ceil
 from fmops.errors import FmopsError
 from fmops.frameworks import START_RANKS
 from fmops.orchestration.deploy import Platform
-from fmops.orchestration.execute import LAUNCHER, PROCESSES
+from fmops.orchestration.execute import LAUNCHER, PROCESSES, TRAINING
 from fmops.orchestration.launch import pinned_threads
 from fmops.orchestration.project import THREADS
 from fmops.orchestration.sizing import (
@@ -30,8 +30,7 @@ from fmops.orchestration.sizing import (
 )
 from fmops.stage import STAGES
 
-TRAINS = ("pretrain", "instruct", "align")
-COMPUTES = (*TRAINS, "evaluate", "release")
+COMPUTES = (*TRAINING, "evaluate", "release")
 """Stages that run the model."""
 RESOURCES = {"gpu": "nvidia.com/gpu", "neuron": "aws.amazon.com/neuron"}
 FABRIC = "vpc.amazonaws.com/efa"
@@ -47,6 +46,8 @@ VLLM = ("auto", "vllm")
 WHOLE = ("llama-factory",)
 """Frameworks whose processes each hold the whole model and its state."""
 LIBRARIES_GIB = 6
+PROCESSORS = 8
+"""Of a stage that computes without accelerators."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ def share_of(
 
 def _uses_devices(stage: str, framework: str | None, profile: str) -> bool:
     """Whether the stage's code computes on them: the scorer does not, and a release only if vLLM answers for it."""
-    if stage in TRAINS:
+    if stage in TRAINING:
         return profile in RESOURCES
     return stage == "release" and profile == "gpu" and framework in VLLM
 
 
 def _processors(size: float, work: Work | None) -> Share:
     state = STATE_BYTES if work and not work.lora else 6
-    return Share(cpu=8, memory_gib=ceil(LIBRARIES_GIB + state * size))
+    return Share(cpu=PROCESSORS, memory_gib=ceil(LIBRARIES_GIB + state * size))
 
 
 def _kinds(profile: str) -> list[Instance]:
