@@ -39,8 +39,10 @@ from benchmarks.training_arms import ARMS, run_arm, set_up, sft_work
 RATIOS = {
     "sft_vs_trl_padded": ("sft", "sft_trl_padded"),
     "sft_vs_trl_packed": ("sft", "sft_trl_packed"),
+    "sft_vs_trl_shipped": ("sft_shipped", "sft_trl_shipped"),
     "sft_vs_llamafactory": ("sft", "sft_llamafactory"),
     "dpo_vs_trl": ("dpo", "dpo_trl"),
+    "dpo_vs_trl_shipped": ("dpo_shipped", "dpo_trl_shipped"),
     "cpt_vs_trainer": ("cpt", "cpt_trainer"),
     "cpt_vs_trainer_leaking": ("cpt", "cpt_trainer_leaking"),
     "lora_vs_full": ("sft_lora", "sft"),

@@ -173,8 +173,15 @@ def _model(setting: Setting, *, fast: bool) -> Any:
     return model
 
 
-def _sft(adapter: str, *, bf16: bool = False) -> Callable[[Setting], Any]:
-    """Instruction tuning as `fmops.adapters.trl_sft` sets it up."""
+def _taken_here() -> bool:
+    """Whether our stages would train in bfloat16 on this machine, where nobody says otherwise."""
+    from fmops.adapters.model_files import PRECISION_GAIN, bfloat16_gain
+
+    return bfloat16_gain() >= PRECISION_GAIN
+
+
+def _sft(adapter: str, *, bf16: bool | None = False) -> Callable[[Setting], Any]:
+    """Instruction tuning as `fmops.adapters.trl_sft` sets it up; without `bf16`, in the precision measured here."""
 
     def make(setting: Setting) -> Any:
         from datasets import Dataset
@@ -199,7 +206,8 @@ def _sft(adapter: str, *, bf16: bool = False) -> Callable[[Setting], Any]:
         return _unwatched(SftTrainer)(
             model=model,
             args=SFTConfig(
-                **_arguments(setting, batch=1, accumulate=math.ceil(len(blocks) / setting.steps)) | {"bf16": bf16},
+                **_arguments(setting, batch=1, accumulate=math.ceil(len(blocks) / setting.steps))
+                | {"bf16": _taken_here() if bf16 is None else bf16},
                 dataset_kwargs={"skip_prepare_dataset": True},
                 max_length=None,
                 remove_unused_columns=False,
@@ -212,7 +220,15 @@ def _sft(adapter: str, *, bf16: bool = False) -> Callable[[Setting], Any]:
     return make
 
 
-def _sft_trl(*, packing: bool) -> Callable[[Setting], Any]:
+OWN_CHOICE = ("bf16", "gradient_checkpointing")
+"""What TRL turns on by itself, and the arms that compare equal arithmetic turn off."""
+
+
+def _as_shipped(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in OWN_CHOICE}
+
+
+def _sft_trl(*, packing: bool, shipped: bool = False) -> Callable[[Setting], Any]:
     """TRL's SFTTrainer: padded batches of 8, or its best packing into rows of `BLOCK` tokens."""
 
     def make(setting: Setting) -> Any:
@@ -230,10 +246,11 @@ def _sft_trl(*, packing: bool) -> Callable[[Setting], Any]:
         if packing:
             packed = math.ceil(sum(len(ids) for ids, _ in samples) / BLOCK)
             batch, accumulate = math.ceil(packed / setting.steps), 1
+        arguments = _arguments(setting, batch=batch, accumulate=accumulate)
         return SFTTrainer(
             model=_model(setting, fast=False),
             args=SFTConfig(
-                **_arguments(setting, batch=batch, accumulate=accumulate),
+                **(_as_shipped(arguments) if shipped else arguments),
                 max_length=BLOCK,
                 packing=packing,
                 packing_strategy="bfd",
@@ -245,8 +262,11 @@ def _sft_trl(*, packing: bool) -> Callable[[Setting], Any]:
     return make
 
 
-def _dpo(*, fast: bool) -> Callable[[Setting], Any]:
-    """Full tuning with the reference: ours beforehand with shared prompts, TRL's as it comes, beside the policy."""
+def _dpo(*, fast: bool, shipped: bool = False) -> Callable[[Setting], Any]:
+    """Full tuning with the reference: ours beforehand with shared prompts, TRL's as it comes, beside the policy.
+
+    `shipped` is arithmetic as its users get it: ours as measured here, TRL's by its defaults.
+    """
 
     def make(setting: Setting) -> Any:
         from datasets import Dataset
@@ -263,11 +283,12 @@ def _dpo(*, fast: bool) -> Callable[[Setting], Any]:
 
             attend_by_document(model, note=sys.exit)
             options = {"note": sys.exit}
+        arguments = _arguments(setting, batch=setting.pairs_a_step)
+        if shipped:
+            arguments = arguments | {"bf16": _taken_here()} if fast else _as_shipped(arguments)
         return kind(
             model=model,
-            args=DPOConfig(
-                **_arguments(setting, batch=setting.pairs_a_step), max_length=BLOCK, precompute_ref_log_probs=fast
-            ),
+            args=DPOConfig(**arguments, max_length=BLOCK, precompute_ref_log_probs=fast),
             train_dataset=Dataset.from_list(setting.pairs()),
             processing_class=load_tokenizer(setting.folder),
             **options,
@@ -362,10 +383,14 @@ ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting], dict[str, An
     "sft_lora": (_sft("lora"), sft_work),
     "sft_lora_peft": (_sft("peft"), sft_work),
     "sft_bfloat16": (_sft("full", bf16=True), sft_work),
+    "sft_shipped": (_sft("full", bf16=None), sft_work),
+    "sft_trl_shipped": (_sft_trl(packing=False, shipped=True), sft_work),
     "sft_trl_padded": (_sft_trl(packing=False), sft_work),
     "sft_trl_packed": (_sft_trl(packing=True), sft_work),
     "dpo": (_dpo(fast=True), _dpo_work),
     "dpo_trl": (_dpo(fast=False), _dpo_work),
+    "dpo_shipped": (_dpo(fast=True, shipped=True), _dpo_work),
+    "dpo_trl_shipped": (_dpo(fast=False, shipped=True), _dpo_work),
     "cpt": (_cpt("ours"), _cpt_work),
     "cpt_trainer": (_cpt("apart"), _cpt_work),
     "cpt_trainer_leaking": (_cpt("leaking"), _cpt_work),

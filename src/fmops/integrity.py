@@ -30,8 +30,10 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
 }
 _SAFETENSORS_HEADER_LIMIT = 100_000_000
 _NESTED_ARCHIVES = 3
-# A file changed within this time of hashing may change again without a new time stamp (coarse file system clocks).
-_SETTLED_NS = 2_000_000_000
+# A file changed this shortly before it is read may change again without a new time stamp. File systems with whole
+# seconds tick every one or two; the others as often as the kernel's clock, which is worth waiting for.
+_COARSE_TICK_NS = 2_000_000_000
+_FINE_TICK_NS = 20_000_000
 _REMEMBERED = 100_000
 
 
@@ -54,8 +56,8 @@ class Digests:
         key = _identity(path)
         if key in self._known:
             return self._known[key]
+        settled = _settled(path)
         value = sha256(path)
-        settled = time.time_ns() - path.stat().st_ctime_ns > _SETTLED_NS
         if settled and _identity(path) == key:
             self._known[key] = value
             self._changed = True
@@ -71,6 +73,17 @@ class Digests:
         temporary.write_text(json.dumps(recent))
         temporary.replace(self._path)
         self._changed = False
+
+
+def _settled(path: Path) -> bool:
+    """Whether any change from now on gives the file another time stamp; waits for a fine clock's next tick."""
+    changed = path.stat().st_ctime_ns
+    tick = _FINE_TICK_NS if changed % 1_000_000_000 else _COARSE_TICK_NS
+    left = tick - (time.time_ns() - changed)
+    if 0 < left <= _FINE_TICK_NS:
+        time.sleep(left / 1e9)
+        left = 0
+    return left <= 0
 
 
 def _identity(path: Path) -> str:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fmops.store import write_atomically
 Report = Callable[[str], None]
 
 LONGEST_DOWNLOAD_S = 24 * 3600.0
+DIGESTS = "digests.json"
 COMMON_SCHEMES = ("pypi", "hf", "s3", "gs", "http", "https", "file", "memory")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _PIN = re.compile(r"#sha256=(.*)$")
@@ -59,19 +61,45 @@ def resolve(
         FmopsError: unknown scheme, no such file, unreachable network; with the remedy.
         IntegrityError: a digest differs, a pickle, a file that is not what its name says.
     """
-    cache = cache or default_cache()
     uris = (uri,) if isinstance(uri, str) else uri
-    digests = Digests(cache / "digests.json")
+    return resolve_all([uris], root=root, cache=cache, report=report)[uris]
+
+
+def resolve_all(
+    wanted: Iterable[tuple[str, ...]], *, root: Path, cache: Path | None = None, report: Report | None = None
+) -> dict[tuple[str, ...], Source]:
+    """Like `resolve`, for several sources at once; what is known of their digests is read once."""
+    cache = cache or default_cache()
+    digests = Digests(cache / DIGESTS)
+    try:
+        return {
+            uris: _resolve(uris, root=root, cache=cache, digests=digests, report=report or _silent) for uris in wanted
+        }
+    finally:
+        digests.save()
+
+
+def remember(sources: Iterable[Source], *, cache: Path | None = None) -> None:
+    """Read again, once, what was touched since it was resolved; the next look then costs none of them a reading."""
+    digests = Digests((cache or default_cache()) / DIGESTS)
+    for source in sources:
+        for file in source.files:
+            # Who removed it meanwhile is told when it is wanted.
+            with suppress(OSError):
+                digests.of(file.path)
+    digests.save()
+
+
+def _resolve(uris: tuple[str, ...], *, root: Path, cache: Path, digests: Digests, report: Report) -> Source:
     files: dict[str, SourceFile] = {}
     for one in uris:
-        for file in _resolve_one(one, root=root, cache=cache, digests=digests, report=report or _silent):
+        for file in _resolve_one(one, root=root, cache=cache, digests=digests, report=report):
             known = files.setdefault(file.name, file)
             if known.sha256 != file.sha256:
                 raise FmopsError(
                     f"two files of the source {' '.join(uris)} are named {file.name} and differ "
                     f"({known.path} and {file.path}). Give each a source of its own."
                 )
-    digests.save()
     return Source(uri=" ".join(uris), files=tuple(files[name] for name in sorted(files)))
 
 

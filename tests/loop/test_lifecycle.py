@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fmops.orchestration.signatures import check_release
-from fmops.store import Record, Store
+from fmops.store import RECORD, Record, Store
 
 from .conftest import fmops, write_project
 
@@ -57,6 +57,14 @@ def test_piped_output_is_one_line_a_stage(finished):
     for name in STAGES:
         assert len([line for line in lines if line.startswith(f"{name:18} done")]) == 1
     assert "\x1b" not in finished[1].stdout
+
+
+def test_what_a_run_left_need_not_be_read_again(finished):
+    store = store_of(finished[0])
+    for record in store.records():
+        folder = store.folder(record.stage, record.fingerprint)
+        verified = (folder / RECORD).stat().st_mtime_ns
+        assert not [name for name in record.files if (folder / name).stat().st_ctime_ns >= verified], record.key
 
 
 def test_a_second_run_does_nothing_quickly(finished):

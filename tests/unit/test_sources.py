@@ -16,7 +16,7 @@ import pytest
 
 from fmops.errors import FmopsError, IntegrityError
 from fmops.integrity import Digests, refuse_pickle
-from fmops.sources import resolve
+from fmops.sources import remember, resolve, resolve_all
 
 
 @pytest.fixture
@@ -106,13 +106,51 @@ def test_an_untouched_file_is_not_read_again(folder: Path, monkeypatch: pytest.M
     assert Digests(folder / "digests.json").of(path) == value
 
 
-def test_a_file_that_may_still_change_within_the_clock_tick_is_not_remembered(folder: Path) -> None:
+def test_a_file_just_written_is_remembered_after_a_tick_of_a_fine_clock(folder: Path) -> None:
     path = folder / "docs" / "a.txt"
     path.write_text("fresh")
     digests = Digests(folder / "digests.json")
     digests.of(path)
     digests.save()
+    assert (folder / "digests.json").exists() == bool(path.stat().st_ctime_ns % 1_000_000_000)
+
+
+def test_a_file_that_may_still_change_within_the_clock_tick_is_not_remembered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "docs" / "a.txt"
+    before_the_change = path.stat().st_ctime_ns - 10_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: before_the_change)
+    digests = Digests(folder / "digests.json")
+    digests.of(path)
+    digests.save()
     assert not (folder / "digests.json").exists()
+
+
+def test_what_is_known_of_digests_is_read_once_for_all_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real = Digests.__init__
+
+    def counted(self: Digests, path: Path) -> None:
+        opened.append(path)
+        real(self, path)
+
+    monkeypatch.setattr(Digests, "__init__", counted)
+    wanted = [("docs/a.txt",), ("docs/b.txt",), ("docs",)]
+    found = resolve_all(wanted, root=folder, cache=folder / "cache")
+    assert [len(found[uris].files) for uris in wanted] == [1, 1, 3]
+    assert len(opened) == 1
+
+
+def test_a_file_linked_elsewhere_is_read_once_more_and_then_remembered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = folder / "cache"
+    source = resolve("docs/a.txt", root=folder, cache=cache)
+    (folder / "linked.txt").hardlink_to(folder / "docs" / "a.txt")
+    remember([source], cache=cache)
+    monkeypatch.setattr("fmops.integrity.sha256", lambda _: pytest.fail("the file was read again"))
+    assert resolve("docs/a.txt", root=folder, cache=cache) == source
 
 
 def test_a_torn_digest_memory_only_costs_reading_again(folder: Path) -> None:

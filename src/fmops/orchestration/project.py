@@ -59,11 +59,11 @@ class Project:
         self, report: Callable[[str], None] | None = None, *, only: str | None = None
     ) -> dict[tuple[str, ...], Source]:
         """Bring every source here and verify it; those already here cost a look at their file times."""
-        from fmops.sources import resolve
+        from fmops.sources import resolve_all
 
         nodes = self.graph.nodes.values() if only is None else [self.graph.nodes[only]]
         wanted = wanted_sources(self.graph) if only is None else [u for node in nodes for u in node.sources.values()]
-        return {uris: resolve(uris, root=self.graph.root, report=report) for uris in wanted}
+        return resolve_all(wanted, root=self.graph.root, report=report)
 
     def planner(self, report: Callable[[str], None] | None = None) -> Planner:
         """A planner over resolved sources."""

@@ -25,6 +25,7 @@ from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.signatures import sign_release
 from fmops.orchestration.summary import summarise
+from fmops.sources import remember
 from fmops.store import Record, Store, discard_work, utc_now, write_atomically
 
 Alias = Literal["champion", "challenger"]
@@ -125,8 +126,11 @@ class _Run:
             ending = (str(error) or type(error).__name__) if error else None
             self.log.add("run", "run-finished", error=ending, champion=champion)
             self.log.close()
+            stopped = isinstance(error, KeyboardInterrupt)
             # Who stops a run waits for it: `fmops ui` fills the tracker from the records later.
-            report = self._record_run(tracked=not isinstance(error, KeyboardInterrupt))
+            report = self._record_run(tracked=not stopped)
+            if not stopped:
+                self._look_again()
         return Outcome(self.steps, self.folder, champion, report, self.alias)
 
     def _materialise(self, todo: list[str]) -> None:
@@ -172,6 +176,16 @@ class _Run:
     def _forward(self, name: str, event: Mapping[str, Any]) -> None:
         fault_site("run-event")
         self.log.add(name, event["event"], **{key: value for key, value in event.items() if key != "event"})
+
+    def _look_again(self) -> None:
+        """Weights that were linked from one artifact into the next look touched: read them here, not at the next run.
+
+        What is damaged is for the next run to find; this one is done.
+        """
+        for step in self.steps.values():
+            if step.record:
+                self.project.store.intact(step.record)
+        remember(self.planner.sources.values())
 
     def _record_run(self, *, tracked: bool) -> Path:
         """The report and the tracker's rows; made from records and events, so they can be made again."""
