@@ -210,7 +210,7 @@ def test_both_pages_show_these_very_runs_and_end_on_ctrl_c(tmp_path):
     )
     try:
         lines = [server.stdout.readline() for _ in range(3)]
-        lineage, tracking = lines[0].split()[1], lines[1].split()[1]
+        lineage, tracking = lines[0].split()[1].removesuffix("/asset-groups"), lines[1].split()[1]
         assert "1 run and 13 artifacts" in lines[2]
         children = session_members(server.pid)
         data = ask(f"{lineage}/graphql", {"query": QUESTION})["data"]

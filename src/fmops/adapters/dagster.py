@@ -28,6 +28,9 @@ INSTANCE = """\
 # Written by fmops. Storage is SQLite in this folder.
 telemetry:
   enabled: false
+# No invitation to a newsletter before one's own lineage.
+nux:
+  enabled: false
 # Stages write their own logs; capturing output here would break the progress bars of `fmops run`.
 compute_logs:
   module: dagster._core.storage.noop_compute_log_manager

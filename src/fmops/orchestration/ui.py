@@ -57,7 +57,7 @@ def serve_ui(project: Project, *, port: int, say: Callable[[str], None] = print)
         for server, process in zip(servers, processes, strict=True):
             _wait_until_up(server, process)
         runs = sum(1 for _ in project.store.runs.glob("*/run.json"))
-        say(f"lineage    {servers[0].url}")
+        say(f"lineage    {servers[0].url}/asset-groups")
         say(f"tracking   {servers[1].url}")
         artifacts = len(project.store.records())
         say(f"Both show {runs} run{'s' * (runs != 1)} and {artifacts} artifacts of {project.store.root}. Ctrl-C ends.")
