@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from fmops.adapters.signing import make_keys
+from fmops.deployment.serving.routes import ROUTES, Routes, RoutesFile, Target
 from fmops.errors import FmopsError, IntegrityError
 from fmops.orchestration.lineage import render_answer, render_bom
 from fmops.orchestration.recall import recall, render_recall
@@ -40,7 +42,7 @@ def test_a_document_leads_to_every_model_and_release_built_on_it_and_to_who_serv
     assert found.served == {"champion": release.key}
     text = render_recall(found)
     assert f"champion → {release.key}" in text
-    assert "stop serving: no release here is free of it" in text
+    assert "stop serving (`fmops down`): no release here is free of it" in text
     assert "remove it from its source (docs), then `fmops run`" in text
 
 
@@ -71,6 +73,30 @@ def test_an_artifact_is_recalled_with_what_stands_on_it(store):
     assert record.key in {each.key for each in found.affected}
     assert "pretrain" not in {each.node for each in found.affected}
     assert "`fmops show` names them" in render_recall(found)
+
+
+def test_a_canary_without_an_alias_is_served_too_and_goes_back(store, release):
+    champion = Target(release="release-clean", url="http://127.0.0.1:9001")
+    canary = Target(release=release.key, url="http://127.0.0.1:9002")
+    routes = RoutesFile(store.root / ROUTES)
+    routes.compare_and_swap(Routes(champion=champion, challenger=canary, canary_share=0.1), expected=0)
+    found = recall(store, store.by_key("instruct").key)
+    assert [(arm.arm, arm.release, arm.share, arm.up) for arm in found.endpoints] == [
+        ("challenger", release.key, 0.1, False)
+    ]
+    text = render_recall(found)
+    told = "the gateway's challenger, 10% of the requests, http://127.0.0.1:9002"
+    assert f"  {told} → {release.key}; the gateway is down" in text
+    assert "take the challenger's traffic away: `fmops rollout rollback`" in text
+    assert "stop serving" not in text
+
+
+def test_behind_a_gateway_another_release_comes_back_by_a_rollout(store, release):
+    RoutesFile(store.root / ROUTES).compare_and_swap(Routes(champion=Target(release=release.key)), expected=0)
+    found = replace(recall(store, store.by_key("instruct").key), way_back="release-other")
+    text = render_recall(found)
+    assert f"the gateway's champion, 100% of the requests, no engine yet → {release.key}" in text
+    assert "`fmops rollout start --release release-other`, then `fmops rollout promote`" in text
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(store, release):

@@ -1,6 +1,7 @@
 """From one bad document, or one bad artifact, to everything that was built on it.
 
-Enters: a store and what is to be recalled. Leaves: models, releases and the aliases that serve them, and what to do.
+Enters: a store and what is to be recalled. Leaves: models, releases, the aliases and endpoints that serve them, and
+what to do.
 Refuses: a name that nothing in the workspace carries.
 """
 
@@ -11,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.errors import FmopsError, nearest
 from fmops.orchestration.provenance import Downstream, trace
+from fmops.orchestration.up import is_up
 from fmops.store import Record, Store
 
 LISTS = {"corpus": ("documents.jsonl",), "conversations": ("train.jsonl",), "preferences": ("train.jsonl",)}
@@ -29,6 +32,20 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """What an arm of this machine's gateway answers with."""
+
+    arm: str
+    release: str
+    share: float
+    """Of the requests."""
+    url: str | None
+    """Of its engine; None while it has none."""
+    up: bool
+    """False: `fmops up` would serve it again."""
+
+
+@dataclass(frozen=True)
 class Recall:
     """What must go back, and why."""
 
@@ -39,6 +56,10 @@ class Recall:
     """Every artifact built on it, the oldest first."""
     served: dict[str, str]
     """Alias → release that is affected."""
+    endpoints: tuple[Endpoint, ...]
+    """Arms of this machine's gateway, whatever an alias says, with a release that is affected."""
+    routed: bool
+    """Whether this workspace has a gateway, up or not."""
     way_back: str | None
     """An unaffected release, the newest; None when there is none."""
 
@@ -75,7 +96,19 @@ def recall(store: Store, what: str) -> Recall:
     served = {alias: key for alias, key in store.aliases().items() if key in found}
     clean = [record.key for record in records if record.kind == "release" and record.key not in found]
     order = [record for record in records if record.key in found]
-    return Recall(what, matches, tuple(order), served, clean[-1] if clean else None)
+    arms = endpoints(store.root)
+    return Recall(
+        what=what, matches=matches, affected=tuple(order), served=served, routed=bool(arms),
+        endpoints=tuple(arm for arm in arms if arm.release in found), way_back=clean[-1] if clean else None,
+    )  # fmt: skip
+
+
+def endpoints(workspace: Path) -> tuple[Endpoint, ...]:
+    """The arms of the gateway's routes, the champion first; none where nothing was ever served by `fmops up`."""
+    routes, up = RoutesFile(workspace / ROUTES).current(), is_up(workspace)
+    canary = routes.canary_share
+    arms = (("champion", routes.champion, 1 - canary), ("challenger", routes.challenger, canary))
+    return tuple(Endpoint(arm, target.release, share, target.url, up) for arm, target, share in arms if target)
 
 
 def render_recall(found: Recall) -> str:
@@ -85,15 +118,31 @@ def render_recall(found: Recall) -> str:
         lines.append(f"… and {len(found.matches) - 10} more documents")
     lines += ["", f"built on it ({len(found.affected)}):"]
     lines += [f"  {record.key:32s} {record.kind} of {record.node}" for record in found.affected]
-    lines += ["", "served now:" if found.served else "served now: none of them"]
+    lines += ["", "served now:" if found.served or found.endpoints else "served now: none of them"]
     lines += [f"  {alias} → {key}" for alias, key in sorted(found.served.items())]
+    lines += [_told(arm) for arm in found.endpoints]
     return "\n".join([*lines, "", "what to do:", *(f"  {step}" for step in _remedy(found))]).lstrip("\n")
 
 
+def _told(arm: Endpoint) -> str:
+    where = arm.url or "no engine yet"
+    down = "" if arm.up else "; the gateway is down, `fmops up` would serve it again"
+    return f"  the gateway's {arm.arm}, {arm.share:.0%} of the requests, {where} → {arm.release}{down}"
+
+
 def _remedy(found: Recall) -> Iterator[str]:
-    if found.served:
-        way = f"serve {found.way_back} instead: `fmops serve --release {found.way_back}`"
-        yield way if found.way_back else "stop serving: no release here is free of it"
+    arms = {arm.arm for arm in found.endpoints}
+    if "challenger" in arms:
+        yield "take the challenger's traffic away: `fmops rollout rollback`"
+    # A champion that is free of it then answers everything again.
+    if "champion" in {*arms, *found.served} or (found.served and not arms):
+        way = f"serve {found.way_back} instead: "
+        way += (
+            f"`fmops rollout start --release {found.way_back}`, then `fmops rollout promote`"
+            if found.routed
+            else f"`fmops serve --release {found.way_back}`"
+        )
+        yield way if found.way_back else "stop serving (`fmops down`): no release here is free of it"
     if found.matches:
         sources = ", ".join(dict.fromkeys(match.source for match in found.matches[:5]))
         yield f"remove it from its source ({sources}), then `fmops run`: what is built on it is made again without it"
