@@ -6,6 +6,7 @@ Refuses: to show a traceback for a mistake that the user can mend.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from fmops.cli_options import open_project, with_spec
 from fmops.cli_run import doctor, plan, run
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
 
+SPINS = "10000"
+"""How often a thread of GNU OpenMP looks for work before it sleeps: 300,000 times by itself, which takes a core that
+somebody else may need. docs/log.md of 2026-11-27 has the measurements."""
 WRITABLE = "Give yourself the right to, or name another workspace with --workspace."
 
 
@@ -333,6 +337,9 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends with its message and a code, not a traceback."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read once, when torch is imported: here, in the stages, in the engines.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         cli(prog_name="fmops", standalone_mode=False)
     except click.exceptions.Abort:

@@ -10,7 +10,7 @@ import sys
 import click
 import pytest
 
-from fmops.cli import cli
+from fmops.cli import SPINS, cli
 
 SPEC = ("--spec", "--workspace", "--store")
 INTERFACE = {
@@ -99,6 +99,23 @@ def cpu_seconds(*command: str) -> float:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return best
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["nothing", "spins", "policy"],
+)
+def test_threads_that_wait_leave_the_core_to_others_unless_the_user_says_otherwise(said, kept):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    code = "import os, sys; sys.argv[1:] = ['schema']; from fmops.cli import main\n"
+    code += "main(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | said, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str(kept)
 
 
 def test_help_is_quick():

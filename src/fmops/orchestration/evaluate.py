@@ -21,6 +21,7 @@ from fmops.locks import locked
 from fmops.orchestration.events import View
 from fmops.orchestration.execute import execute
 from fmops.orchestration.graph import Graph, Node, build
+from fmops.orchestration.launch import pinned_threads
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import table
 from fmops.orchestration.summary import summarise
@@ -53,9 +54,8 @@ def evaluate(
     source, release = _source(project, model)
     asked = {"endpoint": endpoint, "served_model": served, "release": release} if endpoint else {}
     project = replace(project, graph=_with_subject(project, source, asked))
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(project.threads))
-    # Libraries read these at import, which the stages do. The stages report their own progress.
-    os.environ.update(threads, TQDM_DISABLE="1")
+    # The stages import what reads these, and report their own progress.
+    os.environ.update(pinned_threads(project.threads), TQDM_DISABLE="1")
     with locked(project.store.root / "lock"):
         for name in project.graph.nodes:
             planned = project.planner().plan()[name]
