@@ -81,6 +81,16 @@ def test_every_answer_leaves_a_trace(door, stream):
     assert "anna" not in trace.user
 
 
+@pytest.mark.parametrize(("words", "invalid"), [(['{"a":', " 1}"], 0), (["Sure:", ' {"a": 1}'], 1)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_that_was_asked_for_is_judged(door, champion, words, invalid, stream, monkeypatch):
+    monkeypatch.setattr(champion, "words", words)
+    body = asking("Answer with a JSON object.") | {"stream": stream}
+    assert door.client.post(CHAT, json=body).status_code == 200
+    [trace] = door.traces(1)
+    assert trace.signals["invalid_json"] == invalid
+
+
 SECRETS = (
     "mail anna@firm.de, card 4111 1111 1111 1111, AKIAIOSFODNN7EXAMPLE, eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefgh12"
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from fmops.deployment.monitoring.signals import BINARY, measure
+from fmops.deployment.monitoring.signals import BINARY, asks_for_json, measure
+from fmops.evaluation.suites import load_suite
 
 GOOD = (
     "A decorator is a function that takes another function and returns a new one. It is used to add behaviour, for "
@@ -16,7 +18,7 @@ ASKED = "What is a decorator in Python and when should I use it? Explain it to m
 
 
 def signals(response: str, prompt: str = ASKED, **options) -> dict[str, float]:
-    return measure(prompt, response, **{"finish_reason": "stop", "wants_json": False, **options})
+    return measure(prompt, response, **{"finish_reason": "stop", **options})
 
 
 def shown(response: str, prompt: str = ASKED, **options) -> set[str]:
@@ -56,11 +58,44 @@ def test_the_token_limit_is_a_truncation():
 
 
 def test_json_is_judged_only_where_it_was_asked_for():
+    asked = "Name a river. Answer with JSON only."
     assert "invalid_json" not in signals("{not json")
-    assert shown('{"a": 1}', wants_json=True) == set()
-    assert shown("Here you are: {}", wants_json=True) == {"invalid_json"}
-    assert shown("NaN", wants_json=True) == {"invalid_json"}
-    assert shown("", wants_json=True) == {"empty", "invalid_json"}
+    assert signals('{"a": 1}', asked)["invalid_json"] == 0
+    assert signals('```json\n{"a": 1}\n```', asked)["invalid_json"] == 0
+    assert shown("Here you are: {}", asked) == {"invalid_json"}
+    assert shown("Here you are: {}", "Name a river.", system="Reply with a JSON object.") == {"invalid_json"}
+    assert shown("NaN", asked) == {"invalid_json"}
+    assert shown("", asked) == {"empty", "invalid_json"}
+    assert "invalid_json" not in signals('{"a": "and so', asked, cut=True)
+    assert signals('{"paid with": <card>}', asked, found={"card": 1})["invalid_json"] == 0
+
+
+def test_the_suites_orders_of_json_are_heard_and_no_other_item_of_theirs_is_one():
+    for suite in ("format", "instruction", "red-team"):
+        for task in load_suite(suite, root=Path()).tasks.values():
+            for item in task.items or ():
+                wanted = any("json" in check for check in item.get("checks", ()))
+                assert asks_for_json(item["prompt"]) == wanted, item["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("Return JSON.", True),
+        ("Please reply in valid JSON with the keys name and country code.", True),
+        ("You are an extractor. Output only a JSON array of strings.", True),
+        ("Can you give me the result as JSON?", True),
+        ("What is JSON?", False),
+        ("Explain how a list is written in JSON.", False),
+        ("How do I return JSON from a web server?", False),
+        ("Write a function that returns a JSON object.", False),
+        ("Give me an example of a JSON document.", False),
+        ("What does json.dumps do?", False),
+        ("Tell me the history of JSON.", False),
+    ],
+)
+def test_an_order_of_json_is_told_from_a_question_about_it(text, asked):
+    assert asks_for_json(text) is asked
 
 
 def test_an_echo_of_the_users_own_address_is_no_leak():

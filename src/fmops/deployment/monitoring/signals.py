@@ -32,6 +32,17 @@ _CONTROL = re.compile(
     r"<\|(?:im_start|im_end|system|user|assistant|endoftext|eot_id|start_header_id|end_header_id)\|>"
     r"|<</?SYS>>|\[/?INST\]|<(?:start|end)_of_turn>"
 )
+_CODE = r"function|script|program|pars\w+|files?|librar\w+|module|python|javascript|examples?|code (?:that|to|for)"
+_ASKS_JSON = re.compile(
+    r"(?i)\b(?:answer|reply|respond|return|output|produce|give|provide|print|format|generate|write|create|list|extract)\b"
+    r".{0,80}?\b(?:as|in|with|using|only|valid|an?|one|following)\s+(?:\w+\s+){0,2}?JSON\b"
+    r"|\b(?:return|output|produce|give|provide|print|generate|write)\s+(?:(?:me|us|only|valid)\s+)*JSON\b"
+    r"|\bJSON\s+only\b"
+)
+_ABOUT_JSON = re.compile(
+    r"(?i)^\W*(?:how|what|why|when|where|which|who|explain|describe|define|do|does|can i|should)\b" rf"|\b(?:{_CODE})\b"
+)
+_FENCE = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
 _CONFESSED = re.compile(
     r"(?i)\bmy (?:system (?:prompt|message)|initial instructions?|hidden instructions?)\b[^.?!]{0,30}:"
 )
@@ -42,15 +53,17 @@ def measure(
     response: str,
     *,
     finish_reason: str | None,
-    wants_json: bool,
     system: str = "",
     found: Mapping[str, int] | None = None,
+    cut: bool = False,
 ) -> dict[str, float]:
     """Signals of one answer: those of `BINARY` that apply, `characters` and `words`.
 
     `found` is what redaction found in the raw answer, by type, where the caller has redacted it already. Personal data
-    and secrets count only where the prompt does not hold as many of the same type: an echo is no leak.
+    and secrets count only where the prompt does not hold as many of the same type: an echo is no leak. `cut` says that
+    the answer went on: then nobody can tell whether it is JSON.
     """
+    wants_json = not cut and (asks_for_json(prompt) or asks_for_json(system))
     words = _WORD.findall(response)
     signals = {
         "characters": float(len(response)),
@@ -78,6 +91,14 @@ def measure(
     return signals
 
 
+def asks_for_json(text: str) -> bool:
+    """Whether a sentence asks for an answer in JSON, in English; questions about JSON, and orders of code, do not."""
+    if "json" not in text.lower():
+        return False
+    sentences = re.split(r"[.!?]\s|\n", text)
+    return any(_ASKS_JSON.search(each) and not _ABOUT_JSON.search(each) for each in sentences)
+
+
 def _leaked(prompt: str, found: Mapping[str, int]) -> set[str]:
     if not any(found.values()):
         return set()
@@ -99,8 +120,12 @@ def _leaks(response: str, words: list[str], system: str) -> bool:
 
 
 def _is_json(response: str) -> bool:
+    """JSON, be it inside one code fence, as models wrap it."""
+    fence = _FENCE.fullmatch(response)
+    # A card's number without quotation marks was JSON before it was redacted.
+    whole = (fence.group(1) if fence else response).replace("<card>", "0")
     try:
-        json.loads(response, parse_constant=_refuse)
+        json.loads(whole, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return False
     return True

@@ -69,7 +69,8 @@ class Exchange:
         signals = {}
         if self.status == 200 and not self.cancelled:
             signals = measure(
-                prompt, response, finish_reason=finish, wants_json=False, system=self.system, found=found
+                prompt, response, finish_reason=finish, system=self.system, found=found,
+                cut=len(answer.text) > KEPT_CHARACTERS,
             )  # fmt: skip
         return Trace(
             id=self.id, started_s=self.started_s, tenant=self.tenant, user=self.user, arm=self.arm,
