@@ -35,6 +35,10 @@ class FakeKubernetes:
     objects: dict[str, Manifest] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
     refusals: list[tuple[str, int]] = field(default_factory=list)
+    allowed: set[str] = field(default_factory=set)
+    """Kinds, in the plural, that a SelfSubjectAccessReview grants the caller."""
+    hidden: tuple[str, ...] = ()
+    """Beginnings of paths that the caller may not read (403)."""
     services: dict[str, Answer] = field(default_factory=dict)
     logs: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
     """(time stamp, line) of each (pod, container)."""
@@ -87,7 +91,12 @@ class FakeKubernetes:
                 if refusal[0] == request.method:
                     self.refusals.remove(refusal)
                     return _failure(refusal[1], "ordered by the test")
+            if path.startswith(self.hidden):
+                return _failure(403, "your role may not")
             body = yaml.safe_load(request.get_data()) if request.get_data() else {}
+            if path.endswith("/selfsubjectaccessreviews"):
+                granted = body["spec"]["resourceAttributes"]["resource"] in self.allowed
+                return _json({**body, "status": {"allowed": granted}}, status=201)
             if "/proxy/" in path:
                 front, _, rest = path.partition("/proxy/")
                 service = self.services.get(front.rpartition("/")[2])

@@ -79,6 +79,7 @@ def crd(api, name, *versions):
 def api(tmp_path, monkeypatch):
     with fake_kubernetes.serve() as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "kubeconfig")))
+        api.allowed = {"rayjobs", "inferenceservices"}
         api.objects["/version"] = {"kind": "Version", "metadata": {"name": "v"}, "gitVersion": "v1.34.1"}
         yield api
 
@@ -92,6 +93,12 @@ def whole(api):
     api.objects["/api/v1/namespaces/fmops-train/serviceaccounts/stages"] = account
     queue = {"kind": "LocalQueue", "metadata": {"name": "stages"}, "status": {"pendingWorkloads": 2}}
     api.objects["/apis/kueue.x-k8s.io/v1beta2/namespaces/fmops-train/localqueues/stages"] = queue
+    models = {
+        "kind": "Gateway",
+        "metadata": {"name": "models"},
+        "status": {"conditions": [{"type": "Programmed", "status": "True"}]},
+    }
+    api.objects["/apis/gateway.networking.k8s.io/v1/namespaces/fmops-serve/gateways/models"] = models
     pool = {"kind": "NodePool", "metadata": {"name": "gpu"}, "spec": {"limits": {"cpu": "96"}}}
     api.objects["/apis/karpenter.sh/v1/nodepools/gpu"] = pool
     node = {"kind": "Node", "metadata": {"name": "n"}, "status": {"allocatable": {"nvidia.com/gpu": "8"}}}
@@ -113,14 +120,32 @@ def test_what_the_platform_lacks_is_named_with_its_remedy(api):
     crd(api, "localqueues.kueue.x-k8s.io", "v1alpha1")
     del api.objects["/api/v1/namespaces/fmops-train/serviceaccounts/stages"]
     del api.objects["/apis/kueue.x-k8s.io/v1beta2/namespaces/fmops-train/localqueues/stages"]
+    gateway = api.objects["/apis/gateway.networking.k8s.io/v1/namespaces/fmops-serve/gateways/models"]
+    gateway["status"] = {"conditions": [{"type": "Programmed", "status": "False", "message": "no address"}]}
     pool = api.objects["/apis/karpenter.sh/v1/nodepools/gpu"]
     pool["status"] = {"conditions": [{"type": "Ready", "status": "False", "message": "NodeClass not found"}]}
     text = render_findings(examine_cluster(None))
     assert "fault rayjobs.ray.io: not installed; stages of `fmops run --on eks` needs it\n      See infra" in text
     assert "fault localqueues.kueue.x-k8s.io: serves v1alpha1; our manifests are v1beta" in text
-    assert "fault service account stages: is not there" in text
+    assert "fault service account stages: is not there\n      Argo CD's application `queues` makes it." in text
+    assert "fault gateway models: is not programmed: no address" in text
     assert "fault queue stages: is not there" in text
     assert "fault node pool gpu: is not ready: NodeClass not found" in text
+
+
+def test_an_engineer_is_told_what_his_role_may_do_and_what_it_may_not_see(api):
+    """His role sends jobs to one namespace: most of the platform is hidden from him, and that is no fault."""
+    whole(api)
+    api.allowed = {"rayjobs"}
+    api.hidden = ("/apis/apiextensions.k8s.io", "/api/v1/nodes", "/apis/karpenter.sh")
+    found = list(examine_cluster(None))
+    said = {each.what: each for each in found}
+    assert [each.what for each in found if each.state == "fault"] == []
+    assert said["`fmops run --on eks`"].said == "your role may create rayjobs in fmops-train"
+    assert said["`fmops deploy --on eks`"].state == "note"
+    assert "`administrators`" in said["`fmops deploy --on eks`"].remedy
+    assert {"custom resources", "node pools", "nodes"} <= {each.what for each in found if each.state == "note"}
+    assert said["queue stages"].state == "ok"
 
 
 def test_no_cluster_is_one_fault_with_the_way_to_one(tmp_path, monkeypatch):

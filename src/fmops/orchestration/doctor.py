@@ -33,9 +33,11 @@ WANTED_MEMORY_GB = 6
 """What the quickstart's pretraining takes at its peak."""
 KINDS = {
     "rayjobs.ray.io": ("v1", "stages of `fmops run --on eks`"),
+    "rayservices.ray.io": ("v1", "`fmops deploy --by ray`"),
     "localqueues.kueue.x-k8s.io": ("v1beta2", "the queue that a stage waits in"),
     "nodepools.karpenter.sh": ("v1", "nodes on demand"),
     "inferenceservices.serving.kserve.io": ("v1beta1", "`fmops deploy --on eks`"),
+    "scaledobjects.keda.sh": ("v1alpha1", "replicas by vLLM's queue"),
     "httproutes.gateway.networking.k8s.io": ("v1", "the weights that a rollout moves"),
     "prometheusrules.monitoring.coreos.com": ("v1", "alarms"),
 }
@@ -157,7 +159,7 @@ def _port(project: Project) -> Finding:
 
 def examine_cluster(context: str | None) -> Iterator[Finding]:
     """The API, what the platform must have installed, and where stages and endpoints run."""
-    from fmops.adapters.kubernetes import connect
+    from fmops.adapters.kubernetes import ApiError, connect
 
     try:
         cluster = connect(context)
@@ -166,14 +168,45 @@ def examine_cluster(context: str | None) -> Iterator[Finding]:
         yield Finding("cluster", "fault", str(error))
         return
     yield Finding("cluster", "ok", f"{cluster.context}, Kubernetes {said.get('gitVersion', 'of unknown version')}")
-    yield from _kinds(cluster)
-    for namespace in ("fmops-train", "fmops-serve"):
-        found = cluster.request("GET", f"/api/v1/namespaces/{namespace}", missing=True)
-        yield _there(f"namespace {namespace}", found, "Argo CD's application `foundations` makes it.")
-    account = cluster.request("GET", "/api/v1/namespaces/fmops-train/serviceaccounts/stages", missing=True)
-    yield _there("service account stages", account, "Argo CD's application `foundations` makes it.")
-    yield _queue(cluster)
-    yield from _nodes(cluster)
+    yield from _rights(cluster)
+    sections = {
+        "custom resources": _kinds, "namespaces": _namespaces, "service account": _account, "queue": _queue,
+        "gateway": _gateway, "node pools": _pools, "nodes": _nodes,
+    }  # fmt: skip
+    for what, look in sections.items():
+        try:
+            yield from look(cluster)
+        except ApiError as error:
+            if error.status != 403:
+                raise
+            yield Finding(what, "note", "your role may not look at them", "Ask one of `viewers` or `administrators`.")
+
+
+def _rights(cluster: Cluster) -> Iterator[Finding]:
+    """What the caller's own role may do, which everybody may ask."""
+    for command, verb, group, resource, namespace, remedy in (
+        ("fmops run", "create", "ray.io", "rayjobs", "fmops-train", "Name your role in `engineers` of infra/cluster."),
+        (
+            "fmops deploy",
+            "patch",
+            "serving.kserve.io",
+            "inferenceservices",
+            "fmops-serve",
+            "It is for `administrators`.",
+        ),
+    ):
+        asked = {"namespace": namespace, "verb": verb, "group": group, "resource": resource}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview",
+            "metadata": {}, "spec": {"resourceAttributes": asked},
+        }  # fmt: skip
+        answer = cluster.request("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=review) or {}
+        what = f"`{command} --on eks`"
+        if answer.get("status", {}).get("allowed"):
+            yield Finding(what, "ok", f"your role may {verb} {resource} in {namespace}")
+        else:
+            # Who looks after a cluster need not train on it.
+            yield Finding(what, "note", f"your role may not {verb} {resource} in {namespace}", remedy)
 
 
 def _kinds(cluster: Cluster) -> Iterator[Finding]:
@@ -190,19 +223,43 @@ def _kinds(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(name, "fault", said, "Take the chart's version from infra/platform/apps.")
 
 
-def _queue(cluster: Cluster) -> Finding:
+def _namespaces(cluster: Cluster) -> Iterator[Finding]:
+    for namespace in ("fmops-train", "fmops-serve"):
+        found = cluster.request("GET", f"/api/v1/namespaces/{namespace}", missing=True)
+        yield _there(f"namespace {namespace}", found, "Argo CD's application `foundations` makes it.")
+
+
+def _account(cluster: Cluster) -> Iterator[Finding]:
+    found = cluster.request("GET", "/api/v1/namespaces/fmops-train/serviceaccounts/stages", missing=True)
+    yield _there("service account stages", found, "Argo CD's application `queues` makes it.")
+
+
+def _gateway(cluster: Cluster) -> Iterator[Finding]:
+    place = "/apis/gateway.networking.k8s.io/v1/namespaces/fmops-serve/gateways/models"
+    found = cluster.request("GET", place, missing=True)
+    programmed = _condition(found or {}, "Programmed")
+    if programmed is not None and programmed["status"] != "True":
+        said = f"is not programmed: {programmed.get('message') or programmed.get('reason')}"
+        yield Finding("gateway models", "fault", said, "Look at Argo CD's application `envoy-gateway`.")
+    else:
+        yield _there("gateway models", found, "Argo CD's application `serving` makes it.")
+
+
+def _queue(cluster: Cluster) -> Iterator[Finding]:
     place = "/apis/kueue.x-k8s.io/v1beta2/namespaces/fmops-train/localqueues/stages"
     found = cluster.request("GET", place, missing=True)
     if found is None:
-        return _there("queue stages", None, "Argo CD's application `queues` makes it.")
+        yield _there("queue stages", None, "Argo CD's application `queues` makes it.")
+        return
     active = _condition(found, "Active")
     if active is not None and active["status"] != "True":
         said = f"is not active: {active.get('message') or active.get('reason')}"
-        return Finding("queue stages", "fault", said, "Look at the ClusterQueue fmops.")
-    return Finding("queue stages", "ok", f"{found.get('status', {}).get('pendingWorkloads', 0)} stages wait")
+        yield Finding("queue stages", "fault", said, "Look at the ClusterQueue fmops.")
+    else:
+        yield Finding("queue stages", "ok", f"{found.get('status', {}).get('pendingWorkloads', 0)} stages wait")
 
 
-def _nodes(cluster: Cluster) -> Iterator[Finding]:
+def _pools(cluster: Cluster) -> Iterator[Finding]:
     pools = (cluster.request("GET", "/apis/karpenter.sh/v1/nodepools", missing=True) or {}).get("items", [])
     for pool in pools:
         name, ready = f"node pool {pool['metadata']['name']}", _condition(pool, "Ready")
@@ -214,6 +271,9 @@ def _nodes(cluster: Cluster) -> Iterator[Finding]:
             yield Finding(name, "ok", f"limits {pool['spec'].get('limits', 'none')}")
     if not pools:
         yield Finding("node pools", "fault", "none", "Argo CD's application `nodes` makes them.")
+
+
+def _nodes(cluster: Cluster) -> Iterator[Finding]:
     nodes = (cluster.request("GET", "/api/v1/nodes") or {}).get("items", [])
     devices: dict[str, int] = {}
     for node in nodes:
