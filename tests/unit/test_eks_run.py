@@ -274,14 +274,19 @@ def test_a_dry_run_prints_every_job_and_asks_nobody(spec):
     assert pretrain["containers"][0]["image"].endswith(f"/stages@{DIGEST}")
 
 
-def test_a_dry_run_shows_a_gang_for_what_one_node_does_not_hold(spec, tmp_path, tiny_model):
-    shutil.copytree(tiny_model, tmp_path / "large")
-    config = tmp_path / "large" / "config.json"
+def large_model(spec, tiny_model, **pretrain):
+    """The spec over a base of 40 billion parameters, of which its config alone is there."""
+    shutil.copytree(tiny_model, spec.parent / "large")
+    config = spec.parent / "large" / "config.json"
     large = {"hidden_size": 5120, "num_hidden_layers": 80, "intermediate_size": 27648, "num_attention_heads": 40}
     large |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
     config.write_text(json.dumps(json.loads(config.read_text()) | large))
     said = yaml.safe_load(spec.read_text())
-    spec.write_text(yaml.safe_dump(said | {"base": "large", "pretrain": {"tokens": 2**24, "batch_tokens": 2**20}}))
+    spec.write_text(yaml.safe_dump(said | {"base": "large", "pretrain": {"batch_tokens": 2**20, **pretrain}}))
+
+
+def test_a_dry_run_shows_a_gang_for_what_one_node_does_not_hold(spec, tiny_model):
+    large_model(spec, tiny_model, tokens=2**24)
     gpu = dataclasses.replace(platform("gpu"), pools={"gpu-training": 768}, shared_files=True)
     jobs = list(yaml.safe_load_all(render_run(Project.open(spec), platform=gpu, baked_in=True)))[1:]
     clusters = {each["metadata"]["labels"]["fmops/stage"]: each["spec"]["rayClusterSpec"] for each in jobs}
@@ -291,8 +296,22 @@ def test_a_dry_run_shows_a_gang_for_what_one_node_does_not_hold(spec, tmp_path, 
 
 def test_a_plan_names_the_nodes_of_training_and_of_the_endpoint(spec):
     text = render_cluster_plan(Project.open(spec), on=None, nodes=None, requests_per_s=1.0)
-    assert re.search(r"pretrain +1,024 +1 × g6\.xlarge +1 × 1 × 1 +0\.1", text), text
+    assert re.search(r"pretrain +1,024 +1 × g6\.xlarge +1 × 1 × 1 +0\.0 of 24 +0\.1", text), text
     assert "endpoint: 1 requests/s of 512 and 256 tokens" in text
+
+
+def test_a_plan_says_what_a_device_holds_and_how_often_a_state_pays(spec, tiny_model):
+    """Two nodes are taken because 16 bytes a parameter fill 16 devices; for days, so states are worth their time."""
+    short = render_cluster_plan(Project.open(spec), on=None, nodes=None, requests_per_s=1.0)
+    assert re.search(r"^pretrain .+ 100\.0% +end$", short, re.MULTILINE), short
+    large_model(spec, tiny_model, tokens=2**34)
+    text = render_cluster_plan(Project.open(spec), on="p5.48xlarge", nodes=None, requests_per_s=1.0)
+    found = re.search(r"^pretrain .* 2 × p5\.48xlarge .* (\d+\.\d) of 80 .* (\d+) min$", text, re.MULTILINE)
+    assert found, text
+    # On the 8 devices of one node it would be twice that, which is more than nine tenths.
+    assert 36 < float(found[1]) < 72
+    # √(2 · 4.0 s · 50,700 h / 16 devices)
+    assert 155 < int(found[2]) < 162
 
 
 def test_an_image_without_digest_is_refused(spec):

@@ -17,10 +17,23 @@ from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.shares import PROCESSORS
 from fmops.orchestration.show import table
-from fmops.orchestration.sizing import Instance, Load, Shape, Training, Work, instance, instances, serving, training
+from fmops.orchestration.sizing import (
+    GIB,
+    Instance,
+    Load,
+    Shape,
+    Training,
+    Work,
+    instance,
+    instances,
+    serving,
+    training,
+)
 
 START_H = 0.1
 """From a stage's submission to its first step: a node that Karpenter makes, its image, the weights."""
+VCPU_DOLLARS_H = 0.2016 / 4
+"""Of an m7i.xlarge, as infra/costs.yaml has it."""
 ITEM_TOKENS = 350
 """That scoring a benchmark item reads, its shared prefix counted once; the quickstart's items have 200 to 500."""
 
@@ -41,25 +54,33 @@ def render_cluster_plan(project: Project, *, on: str | None, nodes: int | None, 
             unknown.append(name)
             continue
         if steps[name].node.stage.name == "evaluate":
-            # The scorer computes on processors; what they cost is lost beside the other rows.
+            # The scorer computes on processors.
             flops = PROCESSORS * ASSUMED_FLOPS_PER_THREAD
             taken = START_H + work.tokens * shape.training_flops(work.sequence) / flops / 3600
-            hours += taken
-            rows.append((name, f"{work.tokens:,.0f}", f"{PROCESSORS} processors", "", f"{taken:,.2f}", "", ""))
+            paid = taken * PROCESSORS * VCPU_DOLLARS_H
+            dollars, hours = dollars + paid, hours + taken
+            rows.append(
+                (
+                    name, f"{work.tokens:,.0f}", f"{PROCESSORS} processors", "", "", f"{taken:,.2f}", f"{paid:,.2f}",
+                    "", "",
+                )
+            )  # fmt: skip
             continue
         best = min((size for each in kinds if (size := _sized(shape, work, each, nodes))), key=_cost, default=None)
         if best is None:
-            rows.append((name, f"{work.tokens:,.0f}", "fits on none", "", "", "", ""))
+            rows.append((name, f"{work.tokens:,.0f}", "fits on none", "", "", "", "", "", ""))
             continue
         dollars, hours = dollars + _cost(best), hours + best.hours + START_H
         rows.append(
             (
                 name, f"{work.tokens:,.0f}", f"{best.nodes} × {best.on.name}", _layout(best),
-                f"{best.hours + START_H:,.2f}", f"{_cost(best):,.2f}", f"{best.goodput:.1%}",
+                f"{best.layout.bytes_per_device / GIB:.1f} of {best.on.memory_gib:.0f}",
+                f"{best.hours + START_H:,.2f}", f"{_cost(best):,.2f}", f"{best.goodput:.1%}", _interval(best),
             )
         )  # fmt: skip
     lines = [f"model: {shape.parameters / 1e9:.3g} B parameters, {shape.cache_bytes / 1e3:.0f} kB of cache a token", ""]
-    lines += [table(("stage", "tokens", "nodes", "layout", "hours", "dollars", "goodput"), rows), ""]
+    columns = ("stage", "tokens", "nodes", "layout", "GiB a device", "hours", "dollars", "goodput", "state every")
+    lines += [table(columns, rows), ""]
     lines.append(f"expected: {hours:,.1f} h one after the other, ${dollars:,.2f} for their nodes, no spot discount")
     if unknown:
         lines.append(f"not in that sum, their data are not curated yet: {', '.join(unknown)}")
@@ -78,6 +99,14 @@ def _cost(size: Training) -> float:
 
 def _layout(size: Training) -> str:
     return f"{size.layout.tensor} × {size.layout.pipeline} × {size.layout.replicas}"
+
+
+def _interval(size: Training) -> str:
+    """Between two resume states, by Young and Daly; one at the end suffices where the stage is shorter."""
+    seconds = size.checkpoint_every_s
+    if seconds >= size.hours * 3600:
+        return "end"
+    return f"{seconds / 60:,.0f} min"
 
 
 def shape_of(planner: Planner, base: Step) -> Shape:
