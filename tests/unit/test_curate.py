@@ -171,6 +171,15 @@ def test_the_replay_share_holds_whatever_the_sizes(
     assert corpus.held_out_old >= 1
 
 
+def test_replay_alone_is_read_whole(tmp_path: Path, base: Checkpoint, context: StageContext) -> None:
+    """Who aligns and asks the suite `forgetting` has no new domain."""
+    write(tmp_path / "old.jsonl", TOPICS[:20])
+    corpus = run(tmp_path, base, context, tokens=None, corpora={"old": CorpusPart(role="replay")}, quality=False)
+    assert corpus.replay_share == 1
+    assert corpus.held_out_old >= 1
+    assert len(lines(corpus.path / "documents.jsonl")) == corpus.documents
+
+
 def test_a_small_token_budget_takes_a_sample_of_the_documents_not_the_first_ones(
     tmp_path: Path, base: Checkpoint, context: StageContext
 ) -> None:

@@ -89,7 +89,9 @@ def curate(
         name: _pieces(spool, name, base.model, quotations=quotations, config=config, seed=context.seed)
         for name in names
     }
-    streams = {name: Stream(weights[name], pieces[name], whole=name not in old) for name in names}
+    new = [name for name in names if name not in old]
+    # Of replay alone, as for a suite over the old domain, all is wanted once.
+    streams = {name: Stream(weights[name], pieces[name], whole=name in (new or names)) for name in names}
     tokens, blocks, by_document = _write_blocks(
         mix(streams, tokens=config.tokens), spool=spool, config=config, out=out / "train", context=context
     )
