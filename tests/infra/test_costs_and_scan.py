@@ -214,34 +214,44 @@ def test_an_image_of_ours_that_was_never_pushed_is_named(tmp_path):
     assert "mine/stages:abc is not there. Build and push it first" in run_images(tmp_path, "abc").stderr
 
 
-def test_destroy_refuses_while_data_is_kept_or_nodes_run(tmp_path):
-    """Terraform would leave Karpenter's nodes behind, and they would be paid for until somebody looks."""
+def test_destroy_refuses_while_data_is_kept_or_something_paid_for_runs(tmp_path):
+    """Terraform would leave what Kubernetes made behind, and it would be paid for until somebody looks."""
     ran = tmp_path / "ran"
+    kinds = ("describe-instances", "describe-volumes", "get-resources")
+    answers = " ".join(f'*{kind}*) cat "{tmp_path / kind}";;' for kind in kinds)
     tools = {
         "terraform": f'case "$*" in *name) echo fmops;; *region) echo us-east-1;; *) echo "$*" >> {ran};; esac',
-        "aws": 'test "$3 $4" = "--region us-east-1" && cat "$NODES"',
+        "aws": f'test "$3 $4" = "--region us-east-1" && case "$*" in {answers} esac',
     }
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    nodes = tmp_path / "nodes"
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NODES": str(nodes)}
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     variables = tmp_path / "terraform.tfvars"
     command = ["make", "--no-print-directory", "-C", str(INFRA), "destroy", f"TFVARS={variables}"]
 
     variables.write_text("keep_data = true\n")
     assert "Data is kept: say keep_data = false" in subprocess.run(command, capture_output=True, text=True).stderr
     variables.write_text("keep_data = false\n")
-    for text, says in (("i-0123", "left behind: i-0123. Run make destroy-platform first"), (None, "No such file")):
-        if text:
-            nodes.write_text(text)
-        else:
-            nodes.unlink()  # AWS does not answer
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode != 0
-        assert says in done.stderr
-        assert not ran.exists()
+    for kind in kinds:
+        for other in kinds:
+            (tmp_path / other).write_text("")
+        for text, says in (("i-0123", "paid for: i-0123. Run make destroy-platform first"), (None, "No such file")):
+            if text:
+                (tmp_path / kind).write_text(text)
+            else:
+                (tmp_path / kind).unlink()  # AWS does not answer
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode != 0
+            assert says in done.stderr
+            assert not ran.exists()
 
-    nodes.write_text("")
+    (tmp_path / kinds[-1]).write_text("")
     assert subprocess.run(command, env=environment).returncode == 0
     assert "destroy" in ran.read_text()
+
+
+def test_disks_of_claims_bear_the_tag_that_destroy_looks_for():
+    said = (INFRA / "platform/foundations/templates/classes.yaml").read_text()
+    assert 'tagSpecification_1: "fmops/cluster={{ .Values.cluster.name }}"' in said
+    assert "Name=tag:fmops/cluster,Values=$$name" in (INFRA / "Makefile").read_text()
