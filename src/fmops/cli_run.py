@@ -48,10 +48,14 @@ def plan(
 )  # fmt: skip
 @click.option("--context", help="Of the kubeconfig. Left out: the current one.")
 @click.option("--baked-in", is_flag=True, help="Local sources lie in the stages' image, below /srv.")
+@click.option(
+    "--priority", type=click.Choice(["loop", "run", "urgent"]), default="run", show_default=True,
+    help="In the cluster's queue: a higher one goes first, and takes a lower one's nodes.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the jobs that the cluster would get, and end.")
 @with_spec
 def run(
-    where: str | None, folder: Path, context: str | None, baked_in: bool, dry_run: bool, spec: Path,
+    where: str | None, folder: Path, context: str | None, baked_in: bool, priority: str, dry_run: bool, spec: Path,
     workspace: Path | None,
 ) -> None:  # fmt: skip
     """Run what is not done yet; a second run with nothing changed does nothing."""
@@ -71,11 +75,11 @@ def run(
 
         platform = Platform.read(folder)
         if dry_run:
-            click.echo(render_run(project, platform=platform, baked_in=baked_in), nl=False)
+            click.echo(render_run(project, platform=platform, baked_in=baked_in, priority=priority), nl=False)
             return
         from fmops.adapters.kubernetes import connect
 
-        launch = EksLauncher(connect(context), platform, baked_in=baked_in)
+        launch = EksLauncher(connect(context), platform, baked_in=baked_in, priority=priority)
     with open_view() as view:
         # What users are served is changed by a rollout alone.
         alias: Alias = "challenger" if serves(project) else "champion"

@@ -17,7 +17,7 @@ INTERFACE = {
     "doctor": ("--on", "--context", *SPEC),
     "init": ("folder",),
     "plan": ("--on", "--instance", "--nodes", "--requests-per-s", *SPEC),
-    "run": ("--on", "--platform", "--context", "--baked-in", "--dry-run", *SPEC),
+    "run": ("--on", "--platform", "--context", "--baked-in", "--priority", "--dry-run", *SPEC),
     "evaluate": ("model", "--endpoint", "--served", "--suite", *SPEC),
     "compare": ("a", "b", "--page", *SPEC),
     "status": SPEC,

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from fmops.adapters.kubernetes import connect
+from fmops.cli import cli
 from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, FmopsError, StageFailed
 from fmops.orchestration.cluster_plan import render_cluster_plan
 from fmops.orchestration.deploy import Platform
@@ -283,6 +284,17 @@ def large_model(spec, tiny_model, **pretrain):
     config.write_text(json.dumps(json.loads(config.read_text()) | large))
     said = yaml.safe_load(spec.read_text())
     spec.write_text(yaml.safe_dump(said | {"base": "large", "pretrain": {"batch_tokens": 2**20, **pretrain}}))
+
+
+@pytest.mark.parametrize("priority", ["run", "urgent"])
+def test_a_priority_is_one_of_the_queues_classes(spec, priority):
+    said = render_run(Project.open(spec), platform=platform("gpu"), baked_in=True, priority=priority)
+    labels = [each["metadata"]["labels"] for each in list(yaml.safe_load_all(said))[1:]]
+    assert {each["kueue.x-k8s.io/priority-class"] for each in labels} == {priority}
+    option = next(each for each in cli.commands["run"].params if each.name == "priority")
+    queues = Path(__file__).resolve().parents[2] / "infra/platform/queues/templates/queues.yaml"
+    classes = re.search(r"dict (.+) }}\n---\n.+\nkind: WorkloadPriorityClass", queues.read_text())
+    assert set(re.findall(r'"(\w+)"', classes[1])) == set(option.type.choices)
 
 
 def test_a_dry_run_shows_a_gang_for_what_one_node_does_not_hold(spec, tiny_model):

@@ -53,6 +53,7 @@ class EksLauncher:
     platform: Platform
     baked_in: bool = False
     """Whether local sources lie in the image, below /srv."""
+    priority: str = "run"
     sleep: Callable[[float], None] = time.sleep
     _seen: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
@@ -66,10 +67,12 @@ class EksLauncher:
         """
         planner = project.planner()
         step = replace(planner.plan()[name], fingerprint=fingerprint)
+        if not self.baked_in:
+            require_reachable(project.graph, name)
         starved = lost = 0
         while True:
             spec, job = manifests_of(
-                project, planner, step, platform=self.platform, baked_in=self.baked_in, attempt=starved
+                project, planner, step, platform=self.platform, priority=self.priority, attempt=starved
             )
             self.cluster.apply(spec)
             failure = self._follow(self._submit(job, on_event), log=log, on_event=on_event)
@@ -201,12 +204,12 @@ def _told(state: str) -> str:
 
 
 def manifests_of(
-    project: Project, planner: Planner, step: Step, *, platform: Platform, baked_in: bool, attempt: int = 0
+    project: Project, planner: Planner, step: Step, *, platform: Platform, priority: str = "run", attempt: int = 0
 ) -> tuple[Manifest, Manifest]:
     """The ConfigMap and the RayJob of a node.
 
     Raises:
-        FmopsError: the store is no bucket, a source is local, or no nodes hold it.
+        FmopsError: the store is no bucket, or no nodes hold it.
     """
     if project.store.shared is None:
         raise FmopsError(
@@ -214,25 +217,25 @@ def manifests_of(
             "`runtime: {store: …}`."
         )
     node = step.node
-    if not baked_in:
-        require_reachable(project.graph, node.name)
     config: Any = node.config
     share = share_of(
         node.stage.name, shape=shape_of(planner, planner.plan()["base"]), work=works(project, planner).get(node.name),
         framework=getattr(config, "engine" if node.stage.name == "release" else "framework", None), platform=platform,
     )  # fmt: skip
     text = project.spec_path.read_text(encoding="utf-8")
-    run = Run(project.spec.name, text, project.store.shared.address, platform)
+    run = Run(project.spec.name, text, project.store.shared.address, platform, priority)
     return spec_map(text), ray_job(step, share=share, run=run, attempt=attempt)
 
 
-def render_run(project: Project, *, platform: Platform, baked_in: bool) -> str:
+def render_run(project: Project, *, platform: Platform, baked_in: bool, priority: str = "run") -> str:
     """Every job that a run would submit, as YAML; what waits for another has no fingerprint yet."""
     planner = project.planner()
     made: list[Manifest] = []
     for step in planner.plan().values():
         if step.state not in ("run", "waiting"):
             continue
-        spec, job = manifests_of(project, planner, step, platform=platform, baked_in=baked_in)
+        if not baked_in:
+            require_reachable(project.graph, step.node.name)
+        spec, job = manifests_of(project, planner, step, platform=platform, priority=priority)
         made += [job] if made else [spec, job]
     return as_yaml(made)

@@ -46,6 +46,8 @@ class Run:
     """The spec's text."""
     store: str
     platform: Platform
+    priority: str = "run"
+    """A class of Kueue's, by the name that infra/platform/queues gives it."""
 
 
 def require_reachable(graph: Graph, name: str) -> None:
@@ -94,7 +96,7 @@ def ray_job(step: Step, *, share: Share, run: Run, attempt: int = 0) -> Manifest
     command += ["--store", run.store] + (["--fingerprint", fingerprint] if fingerprint else [])
     labels = {
         "kueue.x-k8s.io/queue-name": QUEUE,
-        "kueue.x-k8s.io/priority-class": PRIORITY,
+        "kueue.x-k8s.io/priority-class": run.priority,
         "fmops/lifecycle": run.lifecycle,
         "fmops/stage": node.name,
         "fmops/fingerprint": (fingerprint or "unplanned")[:40],
@@ -142,7 +144,6 @@ def _cluster(share: Share, *, pod: Manifest) -> Manifest:
     return cluster | {"workerGroupSpecs": [workers]}
 
 
-PRIORITY = "run"
 RESTARTS = 3
 """Of a stage whose node was lost; what failed for a reason the launcher takes away before it is tried again."""
 OBJECT_STORE_BYTES = 200_000_000
