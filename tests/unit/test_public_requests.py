@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from fmops.lifecycle import read_lifecycle
 from fmops.refusals import is_refusal
 
 CASE = Path(__file__).resolve().parents[2] / "finetuning" / "safety"
@@ -68,3 +71,17 @@ def test_pairs_that_people_judged_can_be_added(made, tmp_path, capsys):
     assert sum("prompt" not in row for row in rows) == 16
     with pytest.raises(SystemExit, match=r"has preferences.jsonl already. Remove it"):
         made.write(tmp_path / "data", pairs=40, judged=None, judged_count=0)
+
+
+@pytest.mark.parametrize("case", ["safety", "bias"])
+def test_the_recipe_for_a_real_model_is_a_spec_that_can_be_read(case, tmp_path):
+    """It is measured by hand, so CI would not notice a recipe that is refused."""
+    recipe = tmp_path / case / "smollm2.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text((CASE.parent / case / "smollm2.yaml").read_text(encoding="utf-8"))
+    if case == "bias":
+        made_by = [sys.executable, str(CASE.parent / case / "counterfactuals.py"), str(tmp_path / case / "data/half")]
+        subprocess.run([*made_by, "--most", "8", "--half-untold"], check=True, capture_output=True)
+    spec = read_lifecycle(recipe)
+    asked = {"harm", "over-refusal", "capability", "bias", "forgetting"}
+    assert asked <= {Path(suite).stem for suite in spec.evaluate.suites}
