@@ -81,6 +81,19 @@ def test_every_answer_leaves_a_trace(door, stream):
     assert "anna" not in trace.user
 
 
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        (CHAT, {**HELLO, "logprobs": True, "top_logprobs": 3}),
+        ("/v1/completions", {"model": HELLO["model"], "prompt": "hello", "logprobs": 2}),
+    ],
+)
+def test_log_probabilities_are_asked_of_the_engine(door, champion, route, body):
+    assert door.client.post(route, json=body).status_code == 200
+    asked = {name: value for name, value in body.items() if "logprobs" in name}
+    assert asked.items() <= champion.seen[-1].items()
+
+
 @pytest.mark.parametrize(("words", "invalid"), [(['{"a":', " 1}"], 0), (["Sure:", ' {"a": 1}'], 1)])
 @pytest.mark.parametrize("stream", [False, True])
 def test_json_that_was_asked_for_is_judged(door, champion, words, invalid, stream, monkeypatch):
