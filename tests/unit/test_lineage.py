@@ -94,6 +94,14 @@ def test_a_release_leads_back_to_every_source_with_its_digest(store):
     assert all(len(digest) == 64 for digest in sources.values())
 
 
+def test_a_release_leads_back_to_the_verdict_and_to_where_every_document_is_listed(store):
+    text = render_trace(store, store.by_key("release"))
+    gate, corpus = store.by_key("gate"), store.by_key("corpus")
+    assert f"{gate.key}  {gate.artifact['verdict']}" in text
+    assert f"{corpus.key}  {corpus.artifact['documents']:,} documents" in text
+    assert f"each is named in {store.folder(corpus.stage, corpus.fingerprint)}/documents.jsonl" in text
+
+
 def test_a_corpus_leads_on_to_everything_built_on_it(store):
     text = render_trace(store, store.by_key("corpus"))
     below = text[text.index("and used by") :]

@@ -19,6 +19,8 @@ from fmops.orchestration.provenance import (
     flatten,
     trace,
 )
+from fmops.orchestration.recall import LISTS
+from fmops.orchestration.summary import summarise
 from fmops.store import Record, Store
 
 if TYPE_CHECKING:
@@ -41,8 +43,7 @@ def show_record(store: Store, record: Record) -> str:
     from rich.text import Text
 
     parts: list[RenderableType] = [Text.assemble((record.key, "bold"), f"  {record.kind} of node {record.node}")]
-    place = store.uri(record) if store.shared else str(store.folder(record.stage, record.fingerprint))
-    facts = {"made": record.created, "folder": place, "digest": record.digest, "seed": record.seed}
+    facts = {"made": record.created, "folder": _place(store, record), "digest": record.digest, "seed": record.seed}
     aliases = [alias for alias, key in store.aliases().items() if key == record.key]
     parts.append(_fields({**facts, "aliases": ", ".join(aliases)} if aliases else facts))
     sections: dict[str, Mapping[str, object]] = {
@@ -77,13 +78,16 @@ def render_diff(a: Record, b: Record, found: Sequence[Difference]) -> str:
 
 
 def render_trace(store: Store, record: Record) -> str:
-    """The tree above an artifact, up to sources with digests, and the tree of what is built on it."""
+    """The tree above an artifact, up to sources with digests, and the tree of what is built on it.
+
+    Each artifact tells its figures (of a gate the verdict), and where it lists every document that it holds.
+    """
     from rich.text import Text
     from rich.tree import Tree
 
     found = trace(record, store.records())
     up = Tree(Text.assemble((record.key, "bold"), f"  {record.node}, made from"))
-    _add_inputs(up, found.inputs, set())
+    _add_inputs(up, found.inputs, store, set())
     if not found.built:
         return _text(up, Text("\nNothing is built on it."))
     down = Tree(Text("\nand used by"))
@@ -126,7 +130,11 @@ def _first_cause(found: Sequence[Difference]) -> str:
     return "Same recipe, other content: this stage is not reproducible across what is listed under environment."
 
 
-def _add_inputs(tree: Tree, inputs: Iterable[Upstream], seen: set[str]) -> None:
+def _place(store: Store, record: Record) -> str:
+    return store.uri(record) if store.shared else str(store.folder(record.stage, record.fingerprint))
+
+
+def _add_inputs(tree: Tree, inputs: Iterable[Upstream], store: Store, seen: set[str]) -> None:
     from rich.text import Text
 
     for item in inputs:
@@ -139,7 +147,10 @@ def _add_inputs(tree: Tree, inputs: Iterable[Upstream], seen: set[str]) -> None:
             tree.add(Text.assemble(name, f"  {item.record.key}", " (shown above)" if item.inputs else ""))
         else:
             seen.add(item.record.key)
-            _add_inputs(tree.add(Text.assemble(name, f"  {item.record.key}")), item.inputs, seen)
+            branch = tree.add(Text.assemble(name, f"  {item.record.key}  {summarise(item.record)}"))
+            for listed in LISTS.get(item.record.kind, ()):
+                branch.add(Text(f"each is named in {_place(store, item.record)}/{listed}", style="dim"))
+            _add_inputs(branch, item.inputs, store, seen)
 
 
 def _add_built(tree: Tree, built: Iterable[Downstream], seen: set[str]) -> None:
