@@ -15,7 +15,6 @@ from pathlib import Path
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.errors import FmopsError, nearest
 from fmops.orchestration.provenance import Downstream, trace
-from fmops.orchestration.up import is_up
 from fmops.store import Record, Store
 
 LISTS = {"corpus": ("documents.jsonl",), "conversations": ("train.jsonl",), "preferences": ("train.jsonl",)}
@@ -105,6 +104,8 @@ def recall(store: Store, what: str) -> Recall:
 
 def endpoints(workspace: Path) -> tuple[Endpoint, ...]:
     """The arms of the gateway's routes, the champion first; none where nothing was ever served by `fmops up`."""
+    from fmops.orchestration.up import is_up
+
     routes, up = RoutesFile(workspace / ROUTES).current(), is_up(workspace)
     canary = routes.canary_share
     arms = (("champion", routes.champion, 1 - canary), ("challenger", routes.challenger, canary))
