@@ -1,12 +1,13 @@
 """The command line: thin; each command opens the project and calls one function.
 
-Enters: arguments. Leaves: text, and an exit code (0 done, 1 failed, 2 usage, 3 rejected, 4 need more data).
+Enters: arguments. Leaves: text, and an exit code (docs/concepts.md lists them).
 Refuses: to show a traceback for a mistake that the user can mend.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fmops.cli_console import console
 from fmops.cli_deploy import deploy
 from fmops.cli_keys import keys
 from fmops.cli_loop import loop
-from fmops.cli_options import open_project, with_spec
+from fmops.cli_options import PORT, only_with, open_project, with_spec
 from fmops.cli_run import doctor, plan, run
 from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
 
@@ -56,7 +57,7 @@ def init(folder: Path) -> None:
     from fmops.starter import write_starter
 
     path = write_starter(folder)
-    click.echo(f"wrote {path}. Point data.corpora at your text, then: fmops plan --spec {path}")
+    click.echo(f"wrote {path}. Point data.corpora at your text, then: fmops plan --spec {shlex.quote(str(path))}")
 
 
 for command in (doctor, plan, run):
@@ -73,6 +74,8 @@ def evaluate(
     model: str, endpoint: str | None, served: str | None, suites: tuple[str, ...], spec: Path, workspace: Path | None
 ) -> None:
     """Measure a model, a checkpoint or a release on the spec's suites."""
+    if endpoint is None:
+        only_with("--endpoint", "served")
     from fmops.orchestration.evaluate import evaluate as evaluate_model
     from fmops.orchestration.evaluate import render_evaluation
     from fmops.orchestration.events import open_view
@@ -186,7 +189,11 @@ def sign(release: str, spec: Path, workspace: Path | None) -> None:
 
 @cli.command()
 @click.option(
-    "--port", type=int, default=3000, show_default=True, help="Of the lineage page; MLflow takes the next one."
+    "--port",
+    type=click.IntRange(0, 65534),
+    default=3000,
+    show_default=True,
+    help="Of the lineage page; MLflow takes the next one. 0 takes two free ones.",
 )
 @with_spec
 def ui(port: int, spec: Path, workspace: Path | None) -> None:
@@ -198,7 +205,7 @@ def ui(port: int, spec: Path, workspace: Path | None) -> None:
 
 @cli.command()
 @click.option("--host", help="Default: serve.host of the spec.")
-@click.option("--port", type=int, help="Default: serve.port of the spec; 0 takes a free one.")
+@click.option("--port", type=PORT, help="Default: serve.port of the spec; 0 takes a free one.")
 @click.option("--release", "key", default="champion", show_default=True, help="An alias or an artifact.")
 @click.option("--for-gateway", is_flag=True, help="Answer the gateway of this workspace only.")
 @with_spec
@@ -283,7 +290,7 @@ def chat(url: str | None, system: str | None, prompt: str | None, spec: Path, wo
 
 @cli.command()
 @click.option("--once", is_flag=True, help="Look at the answers once and end (for cron).")
-@click.option("--port", type=int, help="Serve /health and /metrics to this machine there.")
+@click.option("--port", type=PORT, help="Serve /health and /metrics to this machine there.")
 @with_spec
 def monitor(once: bool, port: int | None, spec: Path, workspace: Path | None) -> None:
     """Watch answers and rollout: alarms with a stated rate of false ones, a diagnosis (`fmops up` calls this)."""
@@ -304,6 +311,10 @@ cli.add_command(loop)
 @with_spec
 def rollout(action: str, key: str | None, why: str, on: str, spec: Path, workspace: Path | None) -> None:
     """Move traffic to a release step by step, with stated error rates; `look` decides once (for cron)."""
+    if action != "start":
+        only_with("`start`", "key")
+    if action in ("start", "status", "look"):
+        only_with("an order (promote, hold, resume, rollback)", "why")
     from fmops.deployment.rollout.command import run_action
 
     project = open_project(spec, workspace)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
-from fmops.cli_options import open_project, with_spec
+from fmops.cli_options import PORT, open_project, with_spec
 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="The one address that it listens on.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Default: serve.port + 3; 0 takes a free one.")
+@click.option("--port", type=PORT, help="Default: serve.port + 3; 0 takes a free one.")
 @click.option("--read-only", is_flag=True, help="Show everything, take no orders, no chat.")
 @click.option("--new-token", is_flag=True, help="Make a new token and show it; the old one ends.")
 @with_spec
@@ -26,7 +26,7 @@ def console(
     from fmops.console.process import run_console
 
     project = open_project(spec, workspace)
-    run_console(
-        project, host=host, port=project.spec.serve.port + 3 if port is None else port, read_only=read_only,
-        new_token=new_token,
-    )  # fmt: skip
+    if port is None:
+        # A spec that takes any free port has no third one after it.
+        port = project.spec.serve.port and project.spec.serve.port + 3
+    run_console(project, host=host, port=port, read_only=read_only, new_token=new_token)

@@ -18,10 +18,14 @@ from fmops.cli_options import open_project, with_spec
 @click.argument("release", default="champion")
 @click.option("--on", type=click.Choice(["eks"]), required=True, help="The cluster of kubectl's current context.")
 @click.option("--by", type=click.Choice(["kserve", "ray"]), default="kserve", show_default=True, help="Who runs vLLM.")
-@click.option("--least", type=int, default=1, show_default=True, help="Fewest replicas.")
-@click.option("--most", type=int, default=4, show_default=True, help="Most replicas.")
-@click.option("--tokens-per-second", type=int, help="A replica's; more of them add one, as a queue does.")
-@click.option("--warm", type=int, default=0, show_default=True, help="Nodes that placeholder pods keep warm.")
+@click.option("--least", type=click.IntRange(min=1), default=1, show_default=True, help="Fewest replicas.")
+@click.option("--most", type=click.IntRange(min=1), default=4, show_default=True, help="Most replicas.")
+@click.option(
+    "--tokens-per-second", type=click.IntRange(min=1), help="A replica's; more of them add one, as a queue does."
+)
+@click.option(
+    "--warm", type=click.IntRange(min=0), default=0, show_default=True, help="Nodes that placeholder pods keep warm."
+)
 @click.option(
     "--platform", "folder", type=click.Path(path_type=Path), default=Path("infra/platform"), show_default=True,
     help="Folder with cluster.yaml and images.lock.yaml.",

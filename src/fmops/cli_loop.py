@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from fmops.cli_options import open_project, with_spec
+from fmops.cli_options import only_with, open_project, with_spec
 from fmops.errors import unknown
 
 
@@ -22,7 +22,7 @@ from fmops.errors import unknown
     "--round", "stage", type=click.Choice(["pretrain", "instruct", "align"]), help="Ask for a round of this stage."
 )
 @click.option("--why", default="", help="Remembered with the wish for a round.")
-@click.option("--approve", type=int, help="Let the round of this number train.")
+@click.option("--approve", type=click.IntRange(min=1), help="Let the round of this number train.")
 @with_spec
 @click.pass_context
 def loop(
@@ -31,6 +31,8 @@ def loop(
     """Close the loop: watch, diagnose, train what is missing from the champion, gate, roll out, or roll back."""
     if context.invoked_subcommand:
         return
+    if stage is None:
+        only_with("--round", "why")
     from fmops.orchestration.events import open_view
     from fmops.orchestration.loop import LoopRunner, asked, keep_going
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from fmops.orchestration.project import Project
@@ -40,6 +41,17 @@ def _remember_store(context: click.Context, option: click.Parameter, address: st
     # Stage processes and engines that the command starts must see the same store.
     if address:
         os.environ["FMOPS_STORE"] = address
+
+
+PORT = click.IntRange(0, 65535)
+
+
+def only_with(option: str, *names: str) -> None:
+    """Refuse parameters of the running command, by name, that were typed and say nothing without `option`."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} says something only with {option}: add that, or drop it.")
 
 
 def open_project(spec: Path, workspace: Path | None) -> Project:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from fmops.cli_options import open_project, with_spec
+from fmops.cli_options import only_with, open_project, with_spec
 from fmops.errors import EXIT_FAILED
 
 
@@ -19,7 +19,10 @@ from fmops.errors import EXIT_FAILED
 @click.option("--on", "where", type=click.Choice(["eks"]), help="Say what it would take on a cluster instead of here.")
 @click.option("--instance", help="Only on nodes of this kind. Left out: the cheapest for each stage.")
 @click.option("--nodes", type=click.IntRange(min=1), help="So many of them. Left out: the fewest that hold the stage.")
-@click.option("--requests-per-s", default=1.0, show_default=True, help="That the endpoint must carry.")
+@click.option(
+    "--requests-per-s", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+    help="That the endpoint must carry.",
+)  # fmt: skip
 @with_spec
 def plan(
     where: str | None,
@@ -30,6 +33,8 @@ def plan(
     workspace: Path | None,
 ) -> None:
     """Say what would run and why, with tokens, time and cost."""
+    if where is None:
+        only_with("--on eks", "instance", "nodes", "requests_per_s")
     from fmops.orchestration.cluster_plan import render_cluster_plan
     from fmops.orchestration.show import render_plan
 
@@ -59,6 +64,10 @@ def run(
     workspace: Path | None,
 ) -> None:  # fmt: skip
     """Run what is not done yet; a second run with nothing changed does nothing."""
+    if where is None and dry_run:
+        raise click.UsageError("--dry-run prints what a cluster would get: add --on eks. Here, `fmops plan` says it.")
+    if where is None:
+        only_with("--on eks", "folder", "context", "baked_in")
     from fmops.orchestration.events import open_view
     from fmops.orchestration.launch import launch_local
     from fmops.orchestration.run import Alias, Launcher
@@ -67,8 +76,6 @@ def run(
 
     project = open_project(spec, workspace)
     launch: Launcher = launch_local
-    if where is None and dry_run:
-        raise click.UsageError("--dry-run prints what a cluster would get: add --on eks. Here, `fmops plan` says it.")
     if where:
         from fmops.orchestration.deploy import Platform
         from fmops.orchestration.eks import EksLauncher, render_run
@@ -93,6 +100,8 @@ def run(
 @with_spec
 def doctor(where: str | None, context: str | None, spec: Path, workspace: Path | None) -> None:
     """Say whether a lifecycle can run here, or on the cluster, and what to mend."""
+    if where is None:
+        only_with("--on eks", "context")
     from fmops.orchestration.doctor import examine_cluster, examine_here, render_findings
 
     here = examine_here(spec, open_project=lambda: open_project(spec, workspace))

@@ -7,6 +7,7 @@ Refuses: unknown keys, wrong types, impossible combinations, duplicate keys, bef
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -389,7 +390,9 @@ def read_lifecycle(path: Path) -> Lifecycle:
     from fmops.yaml_lines import parse_yaml
 
     if path.is_dir():
-        raise FmopsError(f"{path} is a folder. Name the spec in it: --spec {path / 'lifecycle.yaml'}.")
+        raise FmopsError(
+            f"{path} is a folder. Name the spec in it: --spec {shlex.quote(str(path / 'lifecycle.yaml'))}."
+        )
     if not path.is_file():
         raise FmopsError(f"no spec at {path}. Write one with `fmops init`, or name another with --spec.")
     document = parse_yaml(path)

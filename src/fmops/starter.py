@@ -53,14 +53,17 @@ def write_starter(folder: Path) -> Path:
     """Write `lifecycle.yaml` into `folder`, named after it.
 
     Raises:
-        FmopsError: there is one already.
+        FmopsError: there is one already, or the folder cannot be made.
     """
     path = folder / "lifecycle.yaml"
     if path.exists():
         raise FmopsError(f"{path} is there already. Edit it, or name another folder: `fmops init FOLDER`.")
     if folder.exists() and not folder.is_dir():
         raise FmopsError(f"{folder} is a file. Name a folder for the spec: `fmops init FOLDER`.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FmopsError(f"{folder} cannot be made ({error.strerror}). Name another: `fmops init FOLDER`.") from None
     name = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-") or "my-model"
     schema = folder / ".fmops" / SCHEMA.name
     schema.parent.mkdir(exist_ok=True)

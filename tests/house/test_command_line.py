@@ -6,11 +6,14 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from fmops.cli import SPINS, cli
+from fmops.orchestration.project import Project
 
 SPEC = ("--spec", "--workspace", "--store")
 INTERFACE = {
@@ -124,3 +127,52 @@ def test_help_is_quick():
 
 def test_importing_the_package_is_quick():
     assert cpu_seconds("-c", "import fmops") < 0.1
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("plan --instance g6.xlarge", "--instance says something only with --on eks"),
+        ("plan --requests-per-s 2", "--requests-per-s says something only with --on eks"),
+        ("plan --on eks --requests-per-s -1", "-1.0 is not in the range x>0"),
+        ("run --context x", "--context says something only with --on eks"),
+        ("run --platform x", "--platform says something only with --on eks"),
+        ("doctor --context x", "--context says something only with --on eks"),
+        ("loop --why tired", "--why says something only with --round"),
+        ("rollout status --release x", "--release says something only with `start`"),
+        ("rollout start --why now", "--why says something only with an order"),
+        ("evaluate base --served x", "--served says something only with --endpoint"),
+        ("serve --port 70000", "70000 is not in the range 0<=x<=65535"),
+        ("monitor --port 70000", "70000 is not in the range 0<=x<=65535"),
+        ("ui --port 65535", "65535 is not in the range 0<=x<=65534"),
+        ("deploy --on eks --least 0", "0 is not in the range x>=1"),
+    ],
+)
+def test_an_option_that_would_do_nothing_or_harm_is_refused(typed, told):
+    done = CliRunner().invoke(cli, typed.split())
+    assert done.exit_code == 2
+    assert told in done.output
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    done = fmops("init", str(tmp_path / "file" / "inside"))
+    assert done.returncode == 2
+    assert "file/inside cannot be made (Not a directory). Name another" in done.stderr
+
+
+def test_what_is_to_be_typed_next_is_quoted(tmp_path, monkeypatch):
+    done = fmops("init", "my model", cwd=tmp_path)
+    assert done.stdout.endswith("fmops plan --spec 'my model/lifecycle.yaml'\n")
+    (tmp_path / "my model" / "docs").mkdir()
+    (tmp_path / "my model" / "docs" / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    project = Project.open(Path("my model/lifecycle.yaml"), workspace=Path("work here"))
+    assert project.options == "--spec 'my model/lifecycle.yaml' --workspace 'work here'"
+
+
+def test_a_stage_that_there_is_not_is_told(tmp_path):
+    fmops("init", str(tmp_path))
+    done = fmops("stage", "pretrian", "--spec", str(tmp_path / "lifecycle.yaml"))
+    assert done.returncode == 2
+    assert "unknown stage 'pretrian'. Did you mean 'pretrain'?" in done.stdout

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from fmops.artifacts import Artifact, Source
 from fmops.environment import describe_environment
-from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full, written_path
+from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full, unknown, written_path
 from fmops.frameworks import START_RANKS
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
@@ -44,8 +44,10 @@ def execute(project: Project, name: str, *, fingerprint: str | None, stream: Tex
     """Run the stage of node `name` and commit what it makes; a committed artifact is returned as it is.
 
     Raises:
-        FmopsError: an input is missing or damaged, or the plan no longer gives `fingerprint`.
+        FmopsError: no such stage, an input is missing or damaged, or the plan no longer gives `fingerprint`.
     """
+    if name not in project.graph.nodes:
+        raise unknown("stage", name, project.graph.nodes)
     planner = project.planner()
     step = planner.plan()[name]
     if step.fingerprint is None or step.inputs is None:

@@ -7,6 +7,7 @@ Refuses: a spec with mistakes, and sources that are not there.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,12 @@ class Project:
         path = spec_path.resolve()
         spec = read_lifecycle(path)
         root = (workspace or path.parent / WORKSPACE).resolve()
-        if root.exists() and not root.is_dir():
-            raise FmopsError(f"the workspace {root} is a file. Name a folder with --workspace; it is made when needed.")
+        there = next(path for path in (root, *root.parents) if path.exists())
+        if not there.is_dir():
+            where = "is" if there == root else f"cannot lie in {there}, which is"
+            raise FmopsError(
+                f"the workspace {root} {where} a file. Name a folder with --workspace; it is made if needed."
+            )
         store = Store(root, shared=_shared(spec, root))
         try:
             graph = build(spec, path.parent)
@@ -72,9 +77,9 @@ class Project:
     @property
     def options(self) -> str:
         """What a command needs to open this very project again, as one would type it from here."""
-        spec = f"--spec {os.path.relpath(self.spec_path)}"
+        spec = f"--spec {shlex.quote(os.path.relpath(self.spec_path))}"
         usual = self.store.root == self.spec_path.parent / WORKSPACE
-        workspace = "" if usual else f" --workspace {os.path.relpath(self.store.root)}"
+        workspace = "" if usual else f" --workspace {shlex.quote(os.path.relpath(self.store.root))}"
         shared = self.store.shared.address if self.store.shared else ""
         stated = (self.spec.runtime.store or "").rstrip("/")
         return spec + workspace + ("" if shared == stated else f" --store {shared}")

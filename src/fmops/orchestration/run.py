@@ -7,6 +7,7 @@ Refuses: a second run in the same workspace, and to release what the gate did no
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -106,7 +107,7 @@ class _Run:
             "spec": self.project.spec_path.name,
             "name": self.project.spec.name,
             "text": self.project.spec_path.read_text(encoding="utf-8"),
-            "command": " ".join(["fmops", *sys.argv[1:]]),
+            "command": shlex.join(["fmops", *sys.argv[1:]]),
             "started": utc_now(),
             "champion": champion,
         }

@@ -154,8 +154,9 @@ def _prepare(project: Project) -> None:
     """Routes and a key, where there are none yet."""
     root = project.store.root
     record, _ = find_release(project, "champion")
-    if project.spec.serve.port == 0:
-        raise FmopsError("`fmops up` needs to know its port: set serve.port in the spec to another number than 0.")
+    port = project.spec.serve.port
+    if not 0 < port <= 65532:
+        raise FmopsError(f"`fmops up` takes serve.port and the three above it: set it from 1 to 65532, not {port}.")
     routes = RoutesFile(root / ROUTES)
     now = routes.current()
     if now.champion is None:
