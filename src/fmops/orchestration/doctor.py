@@ -134,7 +134,9 @@ def _workspace(project: Project) -> Iterator[Finding]:
         yield Finding("workspace", "fault", f"{there} may not be written", "Name another with --workspace.")
     held = holder(store.root / "lock")
     if held:
-        yield Finding("workspace", "note", f"{store.root} is held by {held}", "A second run waits for its end.")
+        yield Finding(
+            "workspace", "note", f"{store.root} is held by {held}", "A second run is refused until that ends."
+        )
     try:
         records, champion = store.records(), store.aliases().get("champion")
     except FmopsError as error:

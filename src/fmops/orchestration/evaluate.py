@@ -98,8 +98,9 @@ def _source(project: Project, model: str) -> tuple[str, str | None]:
         return model, None
     if os.path.exists(model):  # noqa: PTH110  a path from where the command was given
         return os.path.abspath(model), None  # noqa: PTH100
-    names = ", ".join(sorted({*store.aliases(), *(r.key for r in store.records() if r.kind == "checkpoint")})) or "none"
-    raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.place}. Known there: {names}.")
+    names = ", ".join(sorted({*store.aliases(), *(r.key for r in store.records() if r.kind == "checkpoint")}))
+    known_there = f"Known there: {names}." if names else "Nothing is yet: `fmops run` makes models."
+    raise FmopsError(f"no model {model!r}: no such folder, and not known in {store.place}. {known_there}")
 
 
 def _with_subject(project: Project, source: str, asked: dict[str, str | None]) -> Graph:
@@ -119,7 +120,8 @@ def _with_subject(project: Project, source: str, asked: dict[str, str | None]) -
         pattern, config=job, name=f"evaluate-{label}", artifacts={**pattern.artifacts, "checkpoint": SUBJECT}
     )
     kept = {name: node for name, node in nodes.items() if name in wanted}
-    return replace(project.graph, nodes={**kept, SUBJECT: subject, measured.name: measured})
+    # The subject first: what is no model is refused before anything is made for it.
+    return replace(project.graph, nodes={SUBJECT: subject, **kept, measured.name: measured})
 
 
 class _Forward(StringIO):

@@ -82,7 +82,7 @@ def _newest(store: Store) -> str:
     champion = store.aliases().get("champion")
     found = [record.key for record in store.records() if record.kind == Release.kind and record.key != champion]
     if not found:
-        raise FmopsError(f"there is no release beside the champion {champion}. `fmops run` makes one.")
+        raise FmopsError(f"there is no release {f'beside {champion}' if champion else 'yet'}. `fmops run` makes one.")
     return found[-1]
 
 
