@@ -60,12 +60,14 @@ def write_example(root: Path, *, ends: str = "promote", spec: dict[str, Any] | N
     """Write a workspace with one run.
 
     Args:
+        spec: keys that differ from `SPEC`'s; None leaves one out.
         ends: `promote`, `reject`, `failed` (in pretraining), `killed` (in pretraining), `cached` (all but the
             release were there), `empty` (a run folder without an event).
     """
     root.mkdir(parents=True, exist_ok=True)
-    (root / "lifecycle.yaml").write_text(json.dumps({**SPEC, **(spec or {})}, indent=1))
-    lifecycle = Lifecycle.model_validate({**SPEC, **(spec or {})})
+    stated = {key: value for key, value in {**SPEC, **(spec or {})}.items() if value is not None}
+    (root / "lifecycle.yaml").write_text(json.dumps(stated, indent=1))
+    lifecycle = Lifecycle.model_validate(stated)
     graph = build(lifecycle, root)
     store = Store(root / ".fmops")
     folder = store.runs / "20260921-142640-0a1b"

@@ -21,12 +21,21 @@ from fmops.cli_keys import keys
 from fmops.cli_loop import loop
 from fmops.cli_options import PORT, only_with, open_project, with_spec
 from fmops.cli_run import doctor, plan, run
-from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_USAGE, READ_ONLY, FmopsError, disk_is_full, nearest, written_path
+from fmops.errors import (
+    DISK_FULL,
+    EXIT_FAILED,
+    EXIT_USAGE,
+    FmopsError,
+    disk_is_full,
+    may_not_be_used,
+    nearest,
+    written_path,
+)
 
 SPINS = "10000"
 """How often a thread of GNU OpenMP looks for work before it sleeps: 300,000 times by itself, which takes a core that
 somebody else may need. docs/log.md of 2026-11-27 has the measurements."""
-WRITABLE = "Give yourself the right to, or name another workspace with --workspace."
+REFUSED = "{where} cannot be read or written ({why}). Give yourself the right to; --workspace names another workspace."
 
 
 class Commands(click.Group):
@@ -89,7 +98,7 @@ def evaluate(
 @cli.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--page", type=click.Path(path_type=Path), help="Default: comparisons/ in the workspace.")
+@click.option("--page", type=click.Path(dir_okay=False, path_type=Path), help="Default: comparisons/ in the workspace.")
 @with_spec
 def compare(a: str, b: str, page: Path | None, spec: Path, workspace: Path | None) -> None:
     """Judge B against A as the gate would: 0 promote, 3 reject, 4 need more data."""
@@ -363,8 +372,10 @@ def main() -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in READ_ONLY:
-            click.echo(f"error: {written_path(error)} may not be written ({error.strerror}). {WRITABLE}", err=True)
+        if may_not_be_used(error):
+            where = written_path(error) or "the workspace"
+            why = getattr(error, "strerror", None) or "read-only"
+            click.echo(f"error: {REFUSED.format(where=where, why=why)}", err=True)
             sys.exit(EXIT_FAILED)
         if not disk_is_full(error):
             raise

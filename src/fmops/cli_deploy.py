@@ -27,7 +27,8 @@ from fmops.cli_options import open_project, with_spec
     "--warm", type=click.IntRange(min=0), default=0, show_default=True, help="Nodes that placeholder pods keep warm."
 )
 @click.option(
-    "--platform", "folder", type=click.Path(path_type=Path), default=Path("infra/platform"), show_default=True,
+    "--platform", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("infra/platform"),
+    show_default=True,
     help="Folder with cluster.yaml and images.lock.yaml.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the manifests and end.")

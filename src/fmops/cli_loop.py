@@ -58,10 +58,14 @@ def loop(
     help="Of the model, the users and their mistakes; several times for several.",
 )
 @click.option(
-    "--folder", type=click.Path(path_type=Path), help="Keep the project that serves there, for the next call."
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the project that serves there, for the next call.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="JSON; the picture lies beside it. Default: loop-DATE.json."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSON; the picture lies beside it. Default: loop-DATE.json.",
 )
 def bench(names: tuple[str, ...], quick: bool, seeds: tuple[int, ...], folder: Path | None, out: Path | None) -> None:
     """Put faults into replayed traffic of a small real model; report how the loop finds and mends each."""

@@ -48,7 +48,8 @@ def plan(
 @click.command()
 @click.option("--on", "where", type=click.Choice(["eks"]), help="Run each stage as a job of the cluster.")
 @click.option(
-    "--platform", "folder", type=click.Path(path_type=Path), default=Path("infra/platform"), show_default=True,
+    "--platform", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path("infra/platform"),
+    show_default=True,
     help="Folder with cluster.yaml and images.lock.yaml.",
 )  # fmt: skip
 @click.option("--context", help="Of the kubeconfig. Left out: the current one.")

@@ -109,6 +109,12 @@ def disk_is_full(error: BaseException) -> bool:
     return False
 
 
+def may_not_be_used(error: BaseException) -> bool:
+    """Whether the system refused a path: no right to it, or no such place for a file. SQLite says it in words only."""
+    refused = (*READ_ONLY, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+    return (isinstance(error, OSError) and error.errno in refused) or "readonly database" in str(error)
+
+
 def written_path(error: BaseException) -> str | None:
     """The file that could not be written. Copying names the source first and the copy second."""
     return getattr(error, "filename2", None) or getattr(error, "filename", None)

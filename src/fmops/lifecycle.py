@@ -21,8 +21,9 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+Text = Annotated[str, Field(min_length=1)]
 Uris = Annotated[
-    tuple[str, ...],
+    tuple[Text, ...],
     BeforeValidator(_as_tuple, json_schema_input_type=str | list[str]),
     Field(min_length=1, description="One URI or a list: hf://, s3:// (any fsspec URL), pypi://, a path or a glob."),
 ]
@@ -290,7 +291,7 @@ class Rollout(Frozen):
     @classmethod
     def _rising(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
         if list(steps) != sorted(set(steps)):
-            raise ValueError(f"rollout.steps must rise: {', '.join(f'{step:g}' for step in steps)}. Sort them")
+            raise ValueError(f"the shares must rise: {', '.join(f'{step:g}' for step in steps)}. Sort them")
         return steps
 
 
@@ -356,7 +357,7 @@ class Lifecycle(Frozen):
     """One foundation model's whole life. A stage that is left out is skipped."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Lower-case letters, digits, hyphens.")
-    base: str = Field(description="The model to start from: pypi://…gguf, hf://owner/name@revision, s3://…, a path.")
+    base: Text = Field(description="The model to start from: pypi://…gguf, hf://owner/name@revision, s3://…, a path.")
     seed: int = Field(0, ge=0)
     data: Data = Data()
     curate: Curate = Curate()
@@ -370,6 +371,13 @@ class Lifecycle(Frozen):
     monitor: Monitor = Monitor()
     loop: Loop = Loop()
     runtime: Runtime = Runtime()
+
+    @field_validator("pretrain", "instruct", "align", "evaluate", "gate", mode="before")
+    @classmethod
+    def _said_or_left_out(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("there is nothing below it. Leave the key out to skip it, or write {} for its defaults")
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> Lifecycle:

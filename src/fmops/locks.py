@@ -99,7 +99,8 @@ def holder(path: Path) -> str | None:
     """Who holds the lock at `path`, or None when it is free."""
     if not path.is_file():
         return None
-    with path.open("a+") as stream:
+    # A network file system wants the right to write for this lock; who has none may still look on a local disk.
+    with path.open("a+" if os.access(path, os.W_OK) else "r") as stream:
         if _try_lock(stream.fileno()):
             return None
     found = json.loads(path.read_text() or "{}")

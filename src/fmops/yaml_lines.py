@@ -96,6 +96,7 @@ _WANTED = {
     "model_type": "must be a mapping of keys to values",
     "tuple_type": "must be a list",
     "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
 }
 """What a key wants, in the words of somebody who writes YAML."""
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from fmops.cli import SPINS, cli
 from fmops.orchestration.project import Project
+from tests.example_run import write_example
 
 SPEC = ("--spec", "--workspace", "--store")
 INTERFACE = {
@@ -176,3 +177,23 @@ def test_a_stage_that_there_is_not_is_told(tmp_path):
     done = fmops("stage", "pretrian", "--spec", str(tmp_path / "lifecycle.yaml"))
     assert done.returncode == 2
     assert "unknown stage 'pretrian'. Did you mean 'pretrain'?" in done.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="setpriv takes root's right to write away")
+def test_who_may_only_read_a_workspace_is_told_how_it_stands(tmp_path):
+    store, _ = write_example(tmp_path)
+    (store.root / "lock").touch(mode=0o444)
+    for folder in (store.root, tmp_path):
+        folder.chmod(0o555)
+    reader = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+
+    def read(*arguments: str) -> subprocess.CompletedProcess:
+        command = [*reader, sys.executable, "-m", "fmops", *arguments, "--spec", str(tmp_path / "lifecycle.yaml")]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert "last run: 20260921-142640-0a1b" in read("status").stdout
+    assert ".fmops may not be written" in read("doctor").stdout
+    refused = read("keys", "add", "somebody")
+    assert refused.returncode == 1
+    assert "keys.lock cannot be read or written (Permission denied). Give yourself the right to;" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -78,7 +78,7 @@ def test_a_second_run_does_nothing_quickly(finished):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-        assert "nothing to do: 14 artifacts are up to date" in done.stdout
+        assert "nothing to do: 14 stages are up to date" in done.stdout
     assert min(seconds) < 0.5
     assert len(list(store_of(spec).runs.iterdir())) == runs
 

@@ -43,7 +43,7 @@ def test_what_one_machine_made_is_there_for_the_other(copied, tmp_path, monkeypa
         shutil.copytree(copied.parent, other, ignore=shutil.ignore_patterns(".fmops"))
         spec = other / "lifecycle.yaml"
         again = fmops("run", "--store", STORE, spec=spec)
-        assert "nothing to do: 14 artifacts are up to date" in again.stdout, again.stderr
+        assert "nothing to do: 14 stages are up to date" in again.stdout, again.stderr
         assert f"champion: {champion}" in again.stdout
         assert f"store: {STORE}" in fmops("status", "--store", STORE, spec=spec).stdout
         # No weights had to come for that; they do when the release is served, and its signature with them.

@@ -136,6 +136,10 @@ def test_a_name_that_there_is_not_is_told_with_its_line_before_anything_runs(tmp
             "name: a\nbase: b\ninstruct: true",
             "yaml:3: instruct must be a mapping of keys to values, got true",
         ),
+        ("name: a\nbase: ''", "yaml:2: base must not be empty, got ''"),
+        ("name: a\nbase: b\ndata: {conversations: {source: ['']}}", "source.0 must not be empty, got ''"),
+        ("name: a\nbase: b\ninstruct:", "yaml:3: instruct: there is nothing below it. Leave the key out to skip it"),
+        ("name: a\nbase: b\nrollout: {steps: [0.5, 0.1]}", "yaml:3: rollout.steps: the shares must rise: 0.5, 0.1."),
         ("name: a\nbase: b\ndata: {corpora: {5: {source: a}}}", "data.corpora.5 must be text, got 5"),
         ("name: a\nbase: b\npretrain: {tokens: 1.5}", "pretrain.tokens must be a whole number, got 1.5"),
     ],
@@ -184,6 +188,8 @@ def test_a_file_instead_of_a_folder_is_told(tmp_path):
         write_starter(tmp_path / "file")
     with pytest.raises(FmopsError, match=r"the workspace .*file is a file. Name a folder with --workspace"):
         Project.open(tmp_path / "lifecycle.yaml", workspace=tmp_path / "file")
+    with pytest.raises(FmopsError, match=r"the workspace .*file/in cannot lie in .*file, which is a file"):
+        Project.open(tmp_path / "lifecycle.yaml", workspace=tmp_path / "file" / "in")
 
 
 def test_a_folder_instead_of_a_spec_is_told_apart(tmp_path):

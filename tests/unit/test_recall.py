@@ -52,6 +52,17 @@ def test_a_document_is_found_by_digest_path_and_source(store, name):
     assert [match.document for match in recall(store, name).matches] == ["docs/bad.txt"]
 
 
+def test_an_artifact_is_recalled_by_its_node_where_no_document_is_called_so(store):
+    assert recall(store, "conversations").affected[0].node == "conversations"
+    with pytest.raises(FmopsError, match="is called 'conversation'"):
+        recall(store, "conversation")
+
+
+def test_only_a_release_is_signed(store):
+    with pytest.raises(FmopsError, match=r"pretrain-\w+ is a checkpoint. Only a release is signed"):
+        sign_release(store, store.by_key("pretrain"))
+
+
 def test_an_example_of_instruction_tuning_leaves_pretraining_alone(store):
     add_rows(store, "conversations", "train.jsonl", {"id": "talks.jsonl:7", "source": "talks.jsonl", "messages": []})
     nodes = {record.node for record in recall(store, "talks.jsonl:7").affected}

@@ -231,6 +231,6 @@ def test_each_step_says_what_it_can_see():
 
 
 def test_a_ramp_that_falls_is_refused():
-    with pytest.raises(ValueError, match=r"rollout.steps must rise: 0.5, 0.1"):
+    with pytest.raises(ValueError, match=r"the shares must rise: 0.5, 0.1"):
         Rollout(steps=(0.5, 0.1))
     assert issubclass(RolloutConflict, FmopsError)

@@ -73,7 +73,7 @@ def recall(store: Store, what: str) -> Recall:
 
     Args:
         what: a document's id, the end of its path, its digest or its source; the answer whose feedback was trained on;
-            or an artifact's key, or an alias.
+            or an artifact's key, an alias, or a node (its newest), where no document has that name.
 
     Raises:
         FmopsError: neither a document nor an artifact is called so.
@@ -81,6 +81,8 @@ def recall(store: Store, what: str) -> Recall:
     records = store.records()
     start = _artifact(store, what, records)
     matches = () if start else tuple(_documents(store, what, records))
+    if start is None and not matches:
+        start = next((record for record in reversed(records) if record.node == what), None)
     if start is None and not matches:
         keys = [record.key for record in records]
         raise FmopsError(

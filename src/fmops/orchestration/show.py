@@ -96,7 +96,7 @@ def render_outcome(project: Project, outcome: Outcome) -> str:
     """How a run ended, and what to do next."""
     made = [step.record for step in outcome.steps.values() if step.record]
     if not outcome.executed:
-        lines = [f"nothing to do: {len(made)} artifacts are up to date"]
+        lines = [f"nothing to do: {len(made)} stages are up to date"]
     else:
         lines = _before_and_after(project, outcome)
         gate = outcome.steps["gate"].record if "gate" in outcome.steps else None

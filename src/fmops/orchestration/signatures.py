@@ -22,7 +22,13 @@ def signature_path(store: Store, record: Record) -> Path:
 
 
 def sign_release(store: Store, record: Record) -> Path:
-    """Sign a release with `$FMOPS_SIGNING_KEY`, else with the workspace's own key, made at first use."""
+    """Sign a release with `$FMOPS_SIGNING_KEY`, else with the workspace's own key, made at first use.
+
+    Raises:
+        FmopsError: it is no release; or what `adapters.signing` refuses.
+    """
+    if record.kind != "release":
+        raise FmopsError(f"{record.key} is a {record.kind}. Only a release is signed: nothing else is served.")
     from fmops.adapters.signing import make_keys, sign_folder
 
     stated = os.environ.get(PRIVATE_KEY)
