@@ -9,6 +9,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -92,6 +96,12 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> FmopsError:
     """An error for a name that is not one of `choices`, with the nearest one."""
     known = sorted(choices)
     return FmopsError(f"unknown {what} {value!r}.{nearest(value, known)} Known: {', '.join(known) or 'none'}.")
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first mistake of a file that only programs write: where it is, and what."""
+    first = error.errors(include_url=False)[0]
+    return ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -183,6 +183,8 @@ def test_a_stage_that_there_is_not_is_told(tmp_path):
 def test_who_may_only_read_a_workspace_is_told_how_it_stands(tmp_path):
     store, _ = write_example(tmp_path)
     (store.root / "lock").touch(mode=0o444)
+    # A run that was killed as it began.
+    (store.runs / "20270101-000000-0000").mkdir()
     for folder in (store.root, tmp_path):
         folder.chmod(0o555)
     reader = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.getuid() == 0 else []

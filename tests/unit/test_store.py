@@ -96,6 +96,16 @@ def test_a_torn_record_names_itself_and_the_remedy(store):
         store.find("conversations", record.fingerprint)
 
 
+def test_damaged_aliases_say_how_to_make_them_again(store):
+    record = make(store)
+    store.commit(record)
+    store.move_aliases({"champion": record.key}, expected={"champion": None}, why="test")
+    for text in ("{", '["champion"]', ""):
+        (store.root / "aliases.json").write_text(text)
+        with pytest.raises(IntegrityError, match=r"aliases.json is damaged: .* in aliases.jsonl beside it"):
+            store.aliases()
+
+
 def test_artifacts_are_found_by_any_unambiguous_name(store):
     first, second = make(store), make(store, fingerprint="cd" * 32, node="other")
     store.commit(first)

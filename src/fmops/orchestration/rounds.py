@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from fmops.artifacts import Frozen
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, first_mistake
 from fmops.lifecycle import Loop
 from fmops.store import write_atomically
 
@@ -113,8 +113,7 @@ class Rounds:
         try:
             return Round.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
             raise FmopsError(
-                f"{path} is no round: {first['msg']}. Move the folder {path.parent.name} away if it is lost; it then "
-                "counts against no budget."
+                f"{path} is no round: {first_mistake(error)}. Move the folder {path.parent.name} away if it is lost; "
+                "it then counts against no budget."
             ) from None

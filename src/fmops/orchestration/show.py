@@ -125,7 +125,8 @@ def render_status(project: Project) -> str:
         from fmops.orchestration.up import serving
 
         lines += serving(store.root)
-    runs = sorted(folder for folder in store.runs.glob("*") if folder.is_dir()) if store.runs.is_dir() else []
+    # A run that was killed as it began has a folder, and no `run.json` yet.
+    runs = sorted(path.parent for path in store.runs.glob("*/run.json"))
     if not runs:
         return "\n".join([*lines, "no run yet: `fmops run` starts one"])
     events = read_events(runs[-1])

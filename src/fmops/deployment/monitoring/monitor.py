@@ -22,7 +22,7 @@ from fmops.deployment.monitoring.judge import ask_endpoint, sample, verdicts, wi
 from fmops.deployment.monitoring.watch import Watch, next_release, slow_harm, watch, worse_than_before
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.deployment.serving.server import workspace_secret
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, first_mistake
 from fmops.faults import fault_site
 from fmops.lifecycle import Monitor
 from fmops.locks import locked
@@ -103,10 +103,8 @@ class Watcher:
         try:
             return Saved.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise FmopsError(
-                f"{path} is broken, or of another version of FMOps: {what}. "
+                f"{path} is broken, or of another version of FMOps: {first_mistake(error)}. "
                 f"Set it aside: `mv {path} {path}.old`. The next look reads the traces on disk from the first on, and "
                 "measures what is normal anew. Alarms may come again; how the release before did is forgotten."
             ) from None

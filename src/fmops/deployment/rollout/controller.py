@@ -32,7 +32,7 @@ from fmops.deployment.rollout.machine import (
 )
 from fmops.deployment.rollout.traffic import LocalTraffic, Traffic
 from fmops.deployment.serving.server import workspace_secret
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, first_mistake
 from fmops.faults import fault_site
 from fmops.lifecycle import Rollout
 from fmops.locks import locked
@@ -190,10 +190,9 @@ class Controller:
         try:
             return Saved.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
             raise FmopsError(
-                f"{path} is no rollout: {'.'.join(map(str, first['loc']))}: {first['msg']}. Move it away; the champion "
-                "goes on serving, and `fmops rollout start` begins anew."
+                f"{path} is no rollout: {first_mistake(error)}. Move it away; the champion goes on serving, and "
+                "`fmops rollout start` begins anew."
             ) from None
 
     def _check(self, saved: Saved | None) -> tuple[str, tuple[str, ...]] | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from fmops.artifacts import Frozen
-from fmops.errors import EXIT_FAILED, FmopsError
+from fmops.errors import EXIT_FAILED, FmopsError, first_mistake
 from fmops.locks import locked
 from fmops.store import write_atomically
 
@@ -123,7 +123,7 @@ class RoutesFile:
         try:
             return Routes.model_validate_json(self.path.read_bytes())
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
             raise FmopsError(
-                f"{self.path} is no routes file: {first['msg']}. Mend it, or remove it and run `fmops up` again."
+                f"{self.path} is no routes file: {first_mistake(error)}. Mend it, or remove it and run "
+                "`fmops up` again."
             ) from None
