@@ -7,6 +7,7 @@ Refuses: nothing of its own; see orchestration.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -39,10 +40,12 @@ def plan(
     from fmops.orchestration.show import render_plan
 
     project = open_project(spec, workspace)
+    # A download of minutes must not look like nothing; the plan itself stays alone on standard output.
+    say = partial(click.echo, err=True)
     if where is None:
-        click.echo(render_plan(project))
+        click.echo(render_plan(project, report=say))
         return
-    click.echo(render_cluster_plan(project, on=instance, nodes=nodes, requests_per_s=requests_per_s))
+    click.echo(render_cluster_plan(project, on=instance, nodes=nodes, requests_per_s=requests_per_s, report=say))
 
 
 @click.command()
@@ -68,7 +71,7 @@ def run(
     if where is None and dry_run:
         raise click.UsageError("--dry-run prints what a cluster would get: add --on eks. Here, `fmops plan` says it.")
     if where is None:
-        only_with("--on eks", "folder", "context", "baked_in")
+        only_with("--on eks", "folder", "context", "baked_in", "priority")
     from fmops.orchestration.events import open_view
     from fmops.orchestration.launch import launch_local
     from fmops.orchestration.run import Alias, Launcher

@@ -137,6 +137,7 @@ def test_importing_the_package_is_quick():
         ("plan --requests-per-s 2", "--requests-per-s says something only with --on eks"),
         ("plan --on eks --requests-per-s -1", "-1.0 is not in the range x>0"),
         ("run --context x", "--context says something only with --on eks"),
+        ("run --priority urgent", "--priority says something only with --on eks"),
         ("run --platform x", "--platform says something only with --on eks"),
         ("doctor --context x", "--context says something only with --on eks"),
         ("loop --why tired", "--why says something only with --round"),
@@ -199,3 +200,13 @@ def test_who_may_only_read_a_workspace_is_told_how_it_stands(tmp_path):
     assert refused.returncode == 1
     assert "keys.lock cannot be read or written (Permission denied). Give yourself the right to;" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_plan_says_what_it_downloads_beside_the_plan(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    address = (tmp_path / "base").as_uri()
+    (tmp_path / "lifecycle.yaml").write_text(f"name: a\nbase: {address}\n")
+    done = fmops("plan", cwd=tmp_path, env={**os.environ, "FMOPS_CACHE": str(tmp_path / "cache")})
+    assert done.stderr == f"downloading config.json from {address}\n"
+    assert done.stdout.startswith("stage ")

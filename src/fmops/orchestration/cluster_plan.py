@@ -29,6 +29,7 @@ from fmops.orchestration.sizing import (
     serving,
     training,
 )
+from fmops.sources import Report
 
 START_H = 0.1
 """From a stage's submission to its first step: a node that Karpenter makes, its image, the weights."""
@@ -38,13 +39,15 @@ ITEM_TOKENS = 350
 """That scoring a benchmark item reads, its shared prefix counted once; the quickstart's items have 200 to 500."""
 
 
-def render_cluster_plan(project: Project, *, on: str | None, nodes: int | None, requests_per_s: float) -> str:
+def render_cluster_plan(
+    project: Project, *, on: str | None, nodes: int | None, requests_per_s: float, report: Report | None = None
+) -> str:
     """A line a stage on its cheapest node, or on the one that is named; then the endpoint, the sums, the assumptions.
 
     Raises:
         FmopsError: the base's shape is unknown, or there is no instance of that name.
     """
-    planner = project.planner()
+    planner = project.planner(report)
     steps = planner.plan()
     shape = shape_of(planner, steps["base"])
     kinds = [instance(on)] if on else [each for each in instances().values() if each.trains]

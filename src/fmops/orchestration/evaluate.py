@@ -58,7 +58,7 @@ def evaluate(
     os.environ.update(pinned_threads(project.threads), TQDM_DISABLE="1")
     with locked(project.store.root / "lock"):
         for name in project.graph.nodes:
-            planned = project.planner().plan()[name]
+            planned = project.planner(lambda text: view.show("sources", {"event": "note", "text": text})).plan()[name]
             if planned.record:
                 view.show(name, {"event": "cached"})
                 record = planned.record

@@ -16,6 +16,7 @@ from fmops.locks import holder
 from fmops.orchestration.estimate import estimate, parameters_of
 from fmops.orchestration.events import read_events
 from fmops.orchestration.project import Project
+from fmops.sources import Report
 from fmops.store import Record, artifact_key
 
 if TYPE_CHECKING:
@@ -25,9 +26,12 @@ DISAGREEMENT = 0.1
 """Share of items on which base and candidate are expected to differ; a light finetune moves about so many."""
 
 
-def render_plan(project: Project) -> str:
-    """A line a stage: what would happen, why, tokens and expected time; then the sums."""
-    planner = project.planner()
+def render_plan(project: Project, *, report: Report | None = None) -> str:
+    """A line a stage: what would happen, why, tokens and expected time; then the sums.
+
+    `report` is told what is downloaded for it.
+    """
+    planner = project.planner(report)
     steps = planner.plan()
     base = steps["base"]
     source = planner.sources[base.node.sources["source"]]
