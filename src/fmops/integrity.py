@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from fmops.errors import FmopsError, IntegrityError
 
@@ -89,6 +89,18 @@ def _settled(path: Path) -> bool:
 def _identity(path: Path) -> str:
     stat = path.stat()
     return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+
+
+def read_json(path: Path, *, remedy: str) -> Any:
+    """What a JSON file holds that only programs write.
+
+    Raises:
+        IntegrityError: it is torn or damaged; says `remedy`.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}. {remedy}") from None
 
 
 def sha256(path: Path) -> str:

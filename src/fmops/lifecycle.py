@@ -7,7 +7,6 @@ Refuses: unknown keys, wrong types, impossible combinations, duplicate keys, bef
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,12 @@ from fmops.errors import FmopsError, SpecMistakes
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
+
+
+def _said(value: Any) -> Any:
+    if value is None:
+        raise ValueError("there is nothing below it. Leave the key out to skip it, or write {} for its defaults")
+    return value
 
 
 Text = Annotated[str, Field(min_length=1)]
@@ -38,10 +43,7 @@ def _as_weights(value: Any) -> Any:
     return {value: 1.0} if isinstance(value, str) else value
 
 
-Rewards = Annotated[
-    dict[str, float],
-    BeforeValidator(_as_weights, json_schema_input_type=str | dict[str, float]),
-]
+Rewards = Annotated[dict[str, float], BeforeValidator(_as_weights, json_schema_input_type=str | dict[str, float])]
 Licence = Annotated[
     str | None, Field(description="Of the data, as its owner states it; the release's card and data list repeat it.")
 ]
@@ -211,11 +213,7 @@ class Judge(Frozen):
 class Evaluate(Frozen):
     """What is measured, of the base, after pretraining and after finetuning."""
 
-    suites: Names = Field(
-        ("capability", "domain", "forgetting", "harm", "over-refusal", "bias"),
-        min_length=1,
-        description="Suite names, or paths to suite files.",
-    )
+    suites: Names = Field(FAMILIES, min_length=1, description="Suite names, or paths to suite files.")
     limit: int | None = Field(None, ge=2, description="Items a task, chosen by seed; left out: all.")
     rotate: bool = Field(
         False, description="Each candidate is measured on items of its own, which nobody could know while training it."
@@ -361,23 +359,16 @@ class Lifecycle(Frozen):
     seed: int = Field(0, ge=0)
     data: Data = Data()
     curate: Curate = Curate()
-    pretrain: Pretrain | None = None
-    instruct: Instruct | None = None
-    align: Align | None = None
-    evaluate: Evaluate | None = None
-    gate: Gate | None = None
+    pretrain: Annotated[Pretrain | None, BeforeValidator(_said)] = None
+    instruct: Annotated[Instruct | None, BeforeValidator(_said)] = None
+    align: Annotated[Align | None, BeforeValidator(_said)] = None
+    evaluate: Annotated[Evaluate | None, BeforeValidator(_said)] = None
+    gate: Annotated[Gate | None, BeforeValidator(_said)] = None
     serve: Serve = Serve()
     rollout: Rollout = Rollout()
     monitor: Monitor = Monitor()
     loop: Loop = Loop()
     runtime: Runtime = Runtime()
-
-    @field_validator("pretrain", "instruct", "align", "evaluate", "gate", mode="before")
-    @classmethod
-    def _said_or_left_out(cls, value: Any) -> Any:
-        if value is None:
-            raise ValueError("there is nothing below it. Leave the key out to skip it, or write {} for its defaults")
-        return value
 
     @model_validator(mode="after")
     def _possible(self) -> Lifecycle:
@@ -398,9 +389,7 @@ def read_lifecycle(path: Path) -> Lifecycle:
     from fmops.yaml_lines import parse_yaml
 
     if path.is_dir():
-        raise FmopsError(
-            f"{path} is a folder. Name the spec in it: --spec {shlex.quote(str(path / 'lifecycle.yaml'))}."
-        )
+        raise FmopsError(f"{path} is a folder. Name the spec in it with --spec, as in {path / 'lifecycle.yaml'}.")
     if not path.is_file():
         raise FmopsError(f"no spec at {path}. Write one with `fmops init`, or name another with --spec.")
     document = parse_yaml(path)

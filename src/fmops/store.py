@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from fmops.artifacts import KINDS, Artifact, Frozen, Source
 from fmops.errors import READ_ONLY, FmopsError, IntegrityError, alias_moved, first_mistake
 from fmops.faults import fault_site
-from fmops.integrity import sha256
+from fmops.integrity import read_json, sha256
 from fmops.locks import hold, locked
 
 if TYPE_CHECKING:
@@ -271,21 +271,13 @@ class Store:
         return str(target)
 
     def aliases(self) -> dict[str, str]:
-        """Alias → artifact key, as of now.
-
-        Raises:
-            IntegrityError: the file is damaged; says how to make it again.
-        """
+        """Alias → artifact key, as of now."""
         if self.shared:
             return self.shared.aliases()
         path = self.root / "aliases.json"
-        try:
-            return _ALIASES.validate_json(path.read_bytes()) if path.is_file() else {}
-        except ValidationError as error:
-            raise IntegrityError(
-                f"{path} is damaged: {first_mistake(error)}. Write it again, an object of alias and artifact: the last "
-                "line of each alias in aliases.jsonl beside it says where it points (`after`)."
-            ) from None
+        remedy = "Write it again as {alias: artifact}, each with the `after` of its last line in aliases.jsonl."
+        moved: dict[str, str] = read_json(path, remedy=remedy) if path.is_file() else {}
+        return moved
 
     def move_aliases(self, targets: Mapping[str, str], *, expected: Mapping[str, str | None], why: str) -> None:
         """Point aliases at artifacts, all or none, if each in `expected` still points where the caller last saw it.
@@ -338,12 +330,8 @@ class Store:
             return Record.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise IntegrityError(
-                f"{path} is not a record: {first_mistake(error)}. Move the folder {folder.name} away; "
-                "`fmops run` makes it again."
+                f"{path} is not a record: {first_mistake(error)}. Move {folder.name} away; `fmops run` makes it again."
             ) from None
-
-
-_ALIASES = TypeAdapter(dict[str, str])
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:

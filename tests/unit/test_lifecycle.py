@@ -193,7 +193,7 @@ def test_a_file_instead_of_a_folder_is_told(tmp_path):
 
 
 def test_a_folder_instead_of_a_spec_is_told_apart(tmp_path):
-    with pytest.raises(FmopsError, match=r"is a folder. Name the spec in it: --spec .*/lifecycle.yaml"):
+    with pytest.raises(FmopsError, match=r"is a folder. Name the spec in it with --spec, as in .*/lifecycle.yaml"):
         read_lifecycle(tmp_path)
 
 

@@ -100,9 +100,9 @@ def test_damaged_aliases_say_how_to_make_them_again(store):
     record = make(store)
     store.commit(record)
     store.move_aliases({"champion": record.key}, expected={"champion": None}, why="test")
-    for text in ("{", '["champion"]', ""):
+    for text in ("{", ""):
         (store.root / "aliases.json").write_text(text)
-        with pytest.raises(IntegrityError, match=r"aliases.json is damaged: .* in aliases.jsonl beside it"):
+        with pytest.raises(IntegrityError, match=r"aliases.json is damaged: .* Write it again .* in aliases.jsonl"):
             store.aliases()
 
 

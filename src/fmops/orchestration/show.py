@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fmops.artifacts import Release
 from fmops.errors import FmopsError
+from fmops.integrity import read_json
 from fmops.locks import holder
 from fmops.orchestration.estimate import estimate, parameters_of
 from fmops.orchestration.events import read_events
@@ -134,7 +135,7 @@ def render_status(project: Project) -> str:
     if not runs:
         return "\n".join([*lines, "no run yet: `fmops run` starts one"])
     events = read_events(runs[-1])
-    started = json.loads((runs[-1] / "run.json").read_text())["started"]
+    started = read_json(runs[-1] / "run.json", remedy=f"Move {runs[-1]} away.")["started"]
     lines.append(f"last run: {runs[-1].name}, started {started}")
     rows = []
     for name, node in project.graph.nodes.items():
