@@ -6,6 +6,7 @@ Refuses: to show a traceback for a mistake that the user can mend.
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -35,6 +36,9 @@ from fmops.errors import (
 SPINS = "10000"
 """How often a thread of GNU OpenMP looks for work before it sleeps: 300,000 times by itself, which takes a core that
 somebody else may need. docs/log.md of 2026-11-27 has the measurements."""
+YOUNG = 10_000
+"""Objects made before the garbage collector looks through the young ones: 700 by itself, which takes a sixth of the
+time that torch and its friends need to be imported."""
 REFUSED = "{where} cannot be read or written ({why}). Give yourself the right to; --workspace names another workspace."
 
 
@@ -360,6 +364,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read once, when torch is imported: here, in the stages, in the engines.
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    gc.set_threshold(YOUNG)
     try:
         cli(prog_name="fmops", standalone_mode=False)
     except click.exceptions.Abort:
