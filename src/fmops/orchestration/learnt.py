@@ -18,7 +18,7 @@ from fmops.lifecycle import Lifecycle
 from fmops.orchestration.project import Project
 from fmops.orchestration.round_spec import trained
 from fmops.orchestration.rounds import Round, Rounds, RoundStage
-from fmops.sources import resolve
+from fmops.sources import resolve, resolve_all
 from fmops.store import write_atomically
 
 SEEN, TRIED, USED = "seen.json", "tried.json", "used.json"
@@ -79,8 +79,8 @@ class Learnt:
     def watched(self) -> Watched:
         """The train corpora's files. At the first look everything that lies there counts as read."""
         corpora = {name: item for name, item in self._project.spec.data.corpora.items() if item.role == "train"}
-        root = self._project.graph.root
-        files = {name: list(resolve(item.source, root=root).files) for name, item in corpora.items()}
+        found = resolve_all([item.source for item in corpora.values()], root=self._project.graph.root)
+        files = {name: list(found[item.source].files) for name, item in corpora.items()}
         seen = self._json(SEEN)
         if seen is None:
             self._write(SEEN, {name: [file.sha256 for file in each] for name, each in files.items()})
