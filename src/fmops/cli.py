@@ -351,6 +351,17 @@ def stage(name: str, fingerprint: str | None, spec: Path, workspace: Path | None
     sys.exit(run_stage_process(spec, name, workspace=workspace, fingerprint=fingerprint))
 
 
+@cli.command("fork-server", hidden=True)
+@click.argument("channel", type=int)
+def fork_server(channel: int) -> None:
+    """Fork the stages of one run (`fmops run` starts this); CHANNEL is the socket on which it asks for them."""
+    import socket
+
+    from fmops.orchestration.fork_server import serve
+
+    sys.exit(serve(socket.socket(fileno=channel)))
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of lifecycle.yaml."""

@@ -73,13 +73,12 @@ def run(
     if where is None:
         only_with("--on eks", "folder", "context", "baked_in", "priority")
     from fmops.orchestration.events import open_view
-    from fmops.orchestration.launch import launch_local
     from fmops.orchestration.run import Alias, Launcher
     from fmops.orchestration.run import run as run_project
     from fmops.orchestration.show import render_outcome, serves
 
     project = open_project(spec, workspace)
-    launch: Launcher = launch_local
+    launch: Launcher | None = None
     if where:
         from fmops.orchestration.deploy import Platform
         from fmops.orchestration.eks import EksLauncher, render_run

@@ -43,17 +43,13 @@ def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def attempt(inputs: Path, out: Path, fault: str, *, idle_s: float = 300.0) -> tuple[launch.Ending, list[dict]]:
-    """One attempt of the launcher at a real training process."""
+    """A real training process, followed as the launcher does."""
     events: list[dict] = []
     environment = {**os.environ, "FMOPS_FAULT": fault, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = launch._attempt(
-        [sys.executable, training_run.__file__, "pretrain", str(inputs), str(out)],
-        environment=environment,
-        log=out.parent / "log",
-        on_event=events.append,
-        idle_s=idle_s,
-    )
-    return ended, events
+    command = [sys.executable, training_run.__file__, "pretrain", str(inputs), str(out)]
+    with (out.parent / "log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    return launch.follow(process, on_event=events.append, idle_s=idle_s), events
 
 
 def test_told_to_leave_it_writes_a_resume_state_and_ends_with_143(inputs, uninterrupted, tmp_path):

@@ -100,7 +100,7 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
 
     Whatever libraries print goes to standard error, so that the reports stay readable by the parent.
     """
-    _die_with_parent()
+    die_with_parent()
     if PID_FILE in os.environ:
         Path(os.environ[PID_FILE]).write_text(str(os.getpid()))
     stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -194,7 +194,7 @@ def _report_failure(stream: TextIO, text: str, code: int) -> int:
     return code
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End with the run that started this process: a stage without a parent would write beside the next one.
 
     The same holds for processes that a library forks here (datatrove starts a few).

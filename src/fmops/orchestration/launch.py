@@ -12,16 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, StageFailed
 from fmops.orchestration.execute import MICRO_BATCH_PARTS, PARENT, TRAINING
 from fmops.orchestration.project import Project
-from fmops.orchestration.watchdog import IDLE_S, Pulse, killed_when_idle, memory_kills
+from fmops.orchestration.watchdog import IDLE_S, Process, Pulse, killed_when_idle, memory_kills
 from fmops.store import Record
 
 Event = dict[str, Any]
@@ -41,6 +41,25 @@ class Ending:
     """The kernel killed it, or it said so itself, for want of memory."""
 
 
+class Start(Protocol):
+    """Starts the process of one stage, with its reports on its standard output and all else in its log."""
+
+    def __call__(
+        self, stage: Mapping[str, str], *, kind: str, environment: dict[str, str], log: IO[bytes]
+    ) -> Process: ...
+
+
+def start_alone(
+    stage: Mapping[str, str], *, kind: str, environment: dict[str, str], log: IO[bytes]
+) -> subprocess.Popen[str]:
+    """`fmops stage` in an interpreter of its own."""
+    command = [
+        sys.executable, "-m", "fmops", "stage", stage["name"],
+        "--spec", stage["spec"], "--workspace", stage["workspace"], "--fingerprint", stage["fingerprint"],
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+
+
 def launch_local(
     project: Project,
     name: str,
@@ -49,8 +68,9 @@ def launch_local(
     log: Path,
     on_event: Callable[[Event], None],
     idle_s: float = IDLE_S,
+    start: Start = start_alone,
 ) -> Record:
-    """Run `fmops stage` for one node and follow it.
+    """Run one node's stage in a process and follow it.
 
     A stage that shows no life for `idle_s` seconds is killed and started again; it goes on from its resume state. So is
     a training stage that ran out of memory, with smaller micro-batches. SIGTERM to this process reaches the stage.
@@ -58,17 +78,18 @@ def launch_local(
     Raises:
         StageFailed: with the stage's own error, or how its process ended and where its log lies.
     """
-    stage = project.graph.nodes[name].stage.name
-    command = [
-        sys.executable, "-m", "fmops", "stage", name,
-        "--spec", str(project.spec_path), "--workspace", str(project.store.root), "--fingerprint", fingerprint,
-    ]  # fmt: skip
+    stage = project.graph.nodes[name].stage
+    arguments = {
+        "spec": str(project.spec_path), "name": name, "workspace": str(project.store.root), "fingerprint": fingerprint,
+    }  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = _environment(project.threads)
     parts = 1
     for attempt in range(RESTARTS + 1):
-        ended = _attempt(command, environment=environment, log=log, on_event=on_event, idle_s=idle_s)
-        smaller = ended.starved and stage in TRAINING
+        with log.open("ab") as errors:
+            process = start(arguments, kind=stage.name, environment=dict(environment), log=errors)
+        ended = follow(process, on_event=on_event, idle_s=idle_s)
+        smaller = ended.starved and stage.name in TRAINING
         if attempt == RESTARTS or not (ended.hung or smaller):
             break
         if smaller:
@@ -78,23 +99,17 @@ def launch_local(
         else:
             why = f"no sign of life for {idle_s:g} s; killed, and started again from its newest resume state"
         on_event({"event": "note", "text": why})
-    record = None if ended.failure else project.store.find(stage, fingerprint)
+    record = None if ended.failure else project.store.find(stage.name, fingerprint)
     if ended.failure or ended.code or record is None:
         raise _failed(name, ended, log=log, idle_s=idle_s)
     return record
 
 
-def _attempt(
-    command: list[str], *, environment: dict[str, str], log: Path, on_event: Callable[[Event], None], idle_s: float
-) -> Ending:
-    """Start the process, pass its events on, wait for its end."""
+def follow(process: Process, *, on_event: Callable[[Event], None], idle_s: float) -> Ending:
+    """Pass the events of a process on, wait for its end."""
     failure: Event | None = None
     kills = memory_kills()
-    with (
-        log.open("ab") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
-        _sigterm_passed_on(process),
-    ):
+    with process, _sigterm_passed_on(process):
         assert process.stdout is not None
         pulse = Pulse(process.pid, period_s=min(5.0, idle_s / 4))
         try:
@@ -110,12 +125,13 @@ def _attempt(
             process.kill()
             raise
     code = process.returncode
+    assert code is not None
     starved = failure["code"] == EXIT_MEMORY if failure else code == -signal.SIGKILL and memory_kills() > kills
     return Ending(code, failure, hung.is_set(), starved and not hung.is_set())
 
 
 @contextmanager
-def _sigterm_passed_on(process: subprocess.Popen[str]) -> Iterator[None]:
+def _sigterm_passed_on(process: Process) -> Iterator[None]:
     """While the stage runs, SIGTERM is its business: training writes a resume state before it ends."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -10,7 +10,8 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from fmops.errors import FmopsError, GateRejected, NeedMoreData
 from fmops.faults import fault_site
 from fmops.locks import locked
 from fmops.orchestration.events import EventLog, View
+from fmops.orchestration.fork_server import ForkServer
 from fmops.orchestration.launch import Event, launch_local
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
@@ -57,12 +59,12 @@ class Launcher(Protocol):
     ) -> Record: ...
 
 
-def run(project: Project, view: View, *, alias: Alias = "champion", launch: Launcher = launch_local) -> Outcome:
+def run(project: Project, view: View, *, alias: Alias = "champion", launch: Launcher | None = None) -> Outcome:
     """Bring the workspace to what the spec says.
 
     Args:
         alias: what a promoted release becomes; a `challenger` still has to win its rollout.
-        launch: where stages run: in processes here, or as jobs of a cluster.
+        launch: where stages run, as jobs of a cluster, say. Left out: in processes here.
 
     Raises:
         GateRejected, NeedMoreData: the gate did not promote; its reasons are in the message. Nothing is released.
@@ -78,11 +80,22 @@ def run(project: Project, view: View, *, alias: Alias = "champion", launch: Laun
                 discard_work(store.folder(step.record.stage, step.record.fingerprint))
         todo = [name for name, step in steps.items() if step.state in ("run", "waiting")]
         if todo:
-            return _Run(project, planner, steps, view, launch, alias).go(todo)
+            with _here() if launch is None else nullcontext(launch) as launcher:
+                return _Run(project, planner, steps, view, launcher, alias).go(todo)
         _raise_unless_promoted(steps, None)
         # A kill between the release's commit and the move of the alias is made good here.
         champion = _promote(project, steps, alias, expected=store.aliases().get(alias), why="release was waiting")
         return Outcome(steps=steps, folder=None, champion=champion, alias=alias)
+
+
+@contextmanager
+def _here() -> Iterator[Launcher]:
+    """Stages in processes of this machine, which import once what they share where that can be had."""
+    if sys.platform != "linux":
+        yield launch_local
+        return
+    with ForkServer() as server:
+        yield partial(launch_local, start=server.start)
 
 
 @dataclass

@@ -7,13 +7,13 @@ Refuses: to judge by wall time alone: a stage that computes, in itself or in a c
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any, Protocol, Self
 
 IDLE_S = 300.0
 """Without an event and without processor time for so long, a stage hangs. A slow disk or download stalls for less."""
@@ -22,6 +22,29 @@ BREATH_S = 0.05
 """Processor time between two looks that counts as life; an idle interpreter's threads use less."""
 OVERSLEPT = 3
 _MEMORY_EVENTS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
+
+
+class Process(Protocol):
+    """A stage's process, as `subprocess.Popen` would show it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdout(self) -> IO[str] | None: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
 
 
 @dataclass
@@ -55,7 +78,7 @@ class Pulse:
 
 
 @contextmanager
-def killed_when_idle(process: subprocess.Popen[str], pulse: Pulse, *, idle_s: float) -> Iterator[threading.Event]:
+def killed_when_idle(process: Process, pulse: Pulse, *, idle_s: float) -> Iterator[threading.Event]:
     """Kill `process` once it has been idle for `idle_s` seconds; the event that is yielded tells that it was."""
     hung, done = threading.Event(), threading.Event()
 
