@@ -47,6 +47,11 @@ def _is_real_email(address: str) -> bool:
     return not any(domain == name.lstrip(".") or domain.endswith(f".{name.lstrip('.')}") for name in reserved)
 
 
+def _is_phone(number: str) -> bool:
+    """Not a decimal fraction with its sign; WHOIS writes +49.3012345, with more digits after the point."""
+    return re.fullmatch(r"\+\d{1,3}\.\d{1,6}", number) is None
+
+
 def _is_public_ip(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_global
@@ -110,6 +115,6 @@ _PATTERNS: tuple[tuple[str, str, re.Pattern[str], Callable[[str], bool]], ...] =
             r"(?<![\w.+-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)|\d{1,4})(?:[ .-]?\d{2,4}){2,4}"
             r"|\(\d{3}\) ?\d{3}-\d{4})(?![\w-])"
         ),
-        _always,
+        _is_phone,
     ),
 )

@@ -113,6 +113,8 @@ def _resolve_one(uri: str, *, root: Path, cache: Path, digests: Digests, report:
     scheme = _SCHEME.match(address)
     if "::" in address and "://" in address:
         raise FmopsError(f"{address!r} is a chained URL. Name the file itself.")
+    if scheme and not address[scheme.end() :].strip("/"):
+        raise FmopsError(f"{address!r} names nothing behind {scheme.group()}. Name a file, a folder or a glob there.")
     if scheme is None:
         found = _local(address, root=root)
     else:

@@ -72,6 +72,7 @@ def test_every_sample_of_a_kind_is_replaced(kind: str) -> None:
         "@decorator\ndef f(self) -> int: ...  # a[1:2], d['a':'b'], std::vector",
         "AKIA is a prefix; eyJ is how a token starts; sk-learn; -----BEGIN CERTIFICATE-----",
         "git@ and a @ b and @@@ and me@",
+        "the slope is +3.140000, then +1.618 and +2.7",
     ],
 )
 def test_what_is_no_personal_data_stays(text: str) -> None:
