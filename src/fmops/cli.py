@@ -359,7 +359,11 @@ def fork_server(channel: int) -> None:
 
     from fmops.orchestration.fork_server import serve
 
-    sys.exit(serve(socket.socket(fileno=channel)))
+    arguments = serve(socket.socket(fileno=channel))
+    if arguments:
+        # A fork: from here on it is that command, also for what it writes down.
+        sys.argv[1:] = arguments
+        cli(arguments, prog_name="fmops", standalone_mode=False)
 
 
 @cli.command()

@@ -13,14 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Self
 
-from fmops.orchestration.execute import PARENT, die_with_parent, run_stage_process
+from fmops.orchestration.execute import PARENT, die_with_parent
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """Held back from the server while a stage lives: they reach a whole group, and the stage must have its time to end."""
@@ -81,11 +81,11 @@ class ForkServer:
     _server: subprocess.Popen[bytes] | None = None
     _channel: socket.socket | None = None
 
-    def start(self, stage: Mapping[str, str], *, kind: str, environment: dict[str, str], log: IO[bytes]) -> Forked:
+    def start(self, arguments: Sequence[str], *, kind: str, environment: dict[str, str], log: IO[bytes]) -> Forked:
         """Fork a process for a stage.
 
         Args:
-            stage: arguments of `run_stage_process`, as text.
+            arguments: of `fmops`, from `stage` on.
             kind: the stage's name, which says what it imports.
             environment: libraries read theirs at import, so another one takes another server.
         """
@@ -95,7 +95,7 @@ class ForkServer:
         assert self._server is not None
         assert self._channel is not None
         reads, writes = os.pipe()
-        request = json.dumps({"stage": dict(stage), "imports": IMPORTS.get(kind, MODELS)}).encode()
+        request = json.dumps({"arguments": list(arguments), "imports": IMPORTS.get(kind, MODELS)}).encode()
         # A server that has died meanwhile is noticed where its stage is waited for.
         with suppress(OSError):
             socket.send_fds(self._channel, [request], [writes, log.fileno()])
@@ -129,10 +129,11 @@ class ForkServer:
         self.stop()
 
 
-def serve(channel: socket.socket) -> int:
-    """Fork a process for each stage that is asked for, one after the other; returns in each of them with its exit code.
+def serve(channel: socket.socket) -> list[str] | None:
+    """Fork a process for each stage that is asked for, one after the other.
 
-    In the server itself it returns 0 when nobody asks any more.
+    Returns:
+        In a fork, the arguments of `fmops` that it was made for; in the server, None when nobody asks any more.
     """
     die_with_parent()
     server = os.getpid()
@@ -140,7 +141,7 @@ def serve(channel: socket.socket) -> int:
     while True:
         message, descriptors, *_ = socket.recv_fds(channel, REQUEST_BYTES, 2)
         if not message:
-            return 0
+            return None
         request = json.loads(message)
         reports, log = descriptors
         os.dup2(log, 2)
@@ -160,10 +161,8 @@ def serve(channel: socket.socket) -> int:
             os.environ[PARENT] = str(server)
             signal.signal(signal.SIGINT, interrupt)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-            asked = request["stage"]
-            return run_stage_process(
-                Path(asked["spec"]), asked["name"], workspace=Path(asked["workspace"]), fingerprint=asked["fingerprint"]
-            )
+            arguments: list[str] = request["arguments"]
+            return arguments
         os.close(reports)
         _, status = os.waitpid(stage, 0)
         channel.send(str(os.waitstatus_to_exitcode(status)).encode())

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,18 +45,15 @@ class Start(Protocol):
     """Starts the process of one stage, with its reports on its standard output and all else in its log."""
 
     def __call__(
-        self, stage: Mapping[str, str], *, kind: str, environment: dict[str, str], log: IO[bytes]
+        self, arguments: Sequence[str], *, kind: str, environment: dict[str, str], log: IO[bytes]
     ) -> Process: ...
 
 
 def start_alone(
-    stage: Mapping[str, str], *, kind: str, environment: dict[str, str], log: IO[bytes]
+    arguments: Sequence[str], *, kind: str, environment: dict[str, str], log: IO[bytes]
 ) -> subprocess.Popen[str]:
     """`fmops stage` in an interpreter of its own."""
-    command = [
-        sys.executable, "-m", "fmops", "stage", stage["name"],
-        "--spec", stage["spec"], "--workspace", stage["workspace"], "--fingerprint", stage["fingerprint"],
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "fmops", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
 
 
@@ -79,9 +76,10 @@ def launch_local(
         StageFailed: with the stage's own error, or how its process ended and where its log lies.
     """
     stage = project.graph.nodes[name].stage
-    arguments = {
-        "spec": str(project.spec_path), "name": name, "workspace": str(project.store.root), "fingerprint": fingerprint,
-    }  # fmt: skip
+    arguments = [
+        "stage", name, "--spec", str(project.spec_path), "--workspace", str(project.store.root),
+        "--fingerprint", fingerprint,
+    ]  # fmt: skip
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = _environment(project.threads)
     parts = 1
