@@ -21,7 +21,7 @@ from fmops.cli_deploy import deploy
 from fmops.cli_keys import keys
 from fmops.cli_loop import loop
 from fmops.cli_options import PORT, only_with, open_project, with_spec
-from fmops.cli_run import doctor, plan, run
+from fmops.cli_run import doctor, fork_server, plan, run, stage
 from fmops.errors import (
     DISK_FULL,
     EXIT_FAILED,
@@ -340,30 +340,8 @@ def rollout(action: str, key: str | None, why: str, on: str, spec: Path, workspa
     click.echo(run_action(project.store, project.spec.rollout, action, key=key, why=why, cluster=cluster))
 
 
-@cli.command()
-@click.argument("name")
-@click.option("--fingerprint", help="Refuse to make anything else; a launcher sets it.")
-@with_spec
-def stage(name: str, fingerprint: str | None, spec: Path, workspace: Path | None) -> None:
-    """Run one stage in this process, reporting JSON lines (launchers call this)."""
-    from fmops.orchestration.execute import run_stage_process
-
-    sys.exit(run_stage_process(spec, name, workspace=workspace, fingerprint=fingerprint))
-
-
-@cli.command("fork-server", hidden=True)
-@click.argument("channel", type=int)
-def fork_server(channel: int) -> None:
-    """Fork the stages of one run (`fmops run` starts this); CHANNEL is the socket on which it asks for them."""
-    import socket
-
-    from fmops.orchestration.fork_server import serve
-
-    arguments = serve(socket.socket(fileno=channel))
-    if arguments:
-        # A fork: from here on it is that command, also for what it writes down.
-        sys.argv[1:] = arguments
-        cli(arguments, prog_name="fmops", standalone_mode=False)
+for command in (stage, fork_server):
+    cli.add_command(command)
 
 
 @cli.command()

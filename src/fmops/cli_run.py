@@ -1,4 +1,4 @@
-"""`fmops plan`, `fmops run`, `fmops doctor`: their options.
+"""`fmops plan`, `run`, `doctor`, and what a run starts: `stage`, `fork-server`.
 
 Enters: arguments. Leaves: text, manifests, an exit code.
 Refuses: nothing of its own; see orchestration.
@@ -112,3 +112,29 @@ def doctor(where: str | None, context: str | None, spec: Path, workspace: Path |
     click.echo(render_findings(findings))
     if any(each.state == "fault" for each in findings):
         sys.exit(EXIT_FAILED)
+
+
+@click.command()
+@click.argument("name")
+@click.option("--fingerprint", help="Refuse to make anything else; a launcher sets it.")
+@with_spec
+def stage(name: str, fingerprint: str | None, spec: Path, workspace: Path | None) -> None:
+    """Run one stage in this process, reporting JSON lines (launchers call this)."""
+    from fmops.orchestration.execute import run_stage_process
+
+    sys.exit(run_stage_process(spec, name, workspace=workspace, fingerprint=fingerprint))
+
+
+@click.command("fork-server", hidden=True)
+@click.argument("channel", type=int)
+def fork_server(channel: int) -> None:
+    """Fork the stages of one run (`fmops run` starts this); CHANNEL is the socket on which it asks for them."""
+    import socket
+
+    from fmops.orchestration.fork_server import serve
+
+    arguments = serve(socket.socket(fileno=channel))
+    if arguments:
+        # A fork: from here on it is that command, also for what it writes down.
+        sys.argv[1:] = arguments
+        stage(arguments[1:], standalone_mode=False)

@@ -55,6 +55,7 @@ INTERFACE = {
     "rollout": ("action", "--release", "--why", "--on", *SPEC),
     "loop": ("--once", "--round", "--why", "--approve", *SPEC),
     "stage": ("name", "--fingerprint", *SPEC),
+    "fork-server": ("channel",),
     "schema": (),
 }
 
