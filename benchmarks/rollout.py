@@ -153,6 +153,11 @@ def summary(outcomes: list[Outcome], *, windows: list[tuple[float, float]]) -> d
     }
 
 
+def seconds_to_leave(outcomes: list[Outcome], *, release: str, begin: float) -> float:
+    """From an order to take the traffic off a release to the last request that it still took."""
+    return max((one.started - begin for one in outcomes if one.release == release and one.started > begin), default=0.0)
+
+
 def _quantiles(seconds: list[float]) -> dict[str, float]:
     if len(seconds) < 2:
         return {}
@@ -253,8 +258,12 @@ def main() -> None:
             outcomes = asyncio.run(open_loop(house.url, house.key, rate=most / 2, requests=given.requests, moves=moves))
         finally:
             house.run("down")
-    found = {"capacity_per_s": round(most, 1), "rate_per_s": round(most / 2, 1), "moves": len(moves),
-             **summary(outcomes, windows=windows)}  # fmt: skip
+    found = {
+        "capacity_per_s": round(most, 1), "rate_per_s": round(most / 2, 1), "moves": len(moves),
+        # The last move rolls back the release that was promoted from.
+        "rollback_s": round(seconds_to_leave(outcomes, release=old, begin=windows[-1][0]), 4),
+        **summary(outcomes, windows=windows),
+    }  # fmt: skip
     print(json.dumps(found, indent=1))
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

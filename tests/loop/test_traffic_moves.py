@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 from gateway_process import HELLO, asking, gateway, until
 
-from benchmarks.rollout import capacity, find_fault, open_loop
+from benchmarks.rollout import Outcome, capacity, find_fault, open_loop, seconds_to_leave
 from fmops.deployment.serving.gateway.desk import Limits
 from fmops.deployment.serving.routes import Routes, Target
 from fmops.deployment.serving.server import bind
@@ -72,6 +72,12 @@ def test_the_count_would_notice():
     assert find_fault(503, "", release=None, stream=False).startswith("failed")
     assert find_fault(200, f"data: {whole}\n\n", release="a", stream=True).startswith("truncated")
     assert find_fault(200, f"data: {whole}\n\ndata: [DONE]\n\n", release="a", stream=True) is None
+
+
+def test_the_time_to_roll_back_is_that_of_the_last_request_that_the_release_took():
+    outcomes = [Outcome(at, 5.0, release, None) for at, release in ((1.0, "b"), (2.5, "b"), (3.0, "a"), (9.0, "c"))]
+    assert seconds_to_leave(outcomes, release="b", begin=2.0) == 0.5
+    assert seconds_to_leave(outcomes, release="b", begin=2.5) == 0.0
 
 
 def test_a_draining_engine_hands_its_requests_to_where_the_routes_now_point(tmp_path):
