@@ -144,7 +144,7 @@ class Metric(Frozen):
     value: float
     standard_error: float | None
     n: int
-    higher_is_better: bool
+    higher_is_better: bool | None = Field(description="None: best at 0, as a bias score is.")
 
 
 class EvalReport(Artifact):
@@ -152,7 +152,8 @@ class EvalReport(Artifact):
 
     Rows: `family`, `suite`, `task`, `sample` (id), `cluster`, `metric`, `score` (float, oriented as measured),
     `response` (text: what was generated, or the choice that was taken), `slack` (multiple choice: by how much each
-    log-likelihood may move before another choice is taken), `prompt_sha256`.
+    log-likelihood may move before another choice is taken), `counted` (false: no part of the metric's mean),
+    `prompt_sha256`.
     """
 
     kind: ClassVar[str] = "evaluation"

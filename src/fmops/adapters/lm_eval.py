@@ -33,9 +33,10 @@ from lm_eval.evaluator import evaluate as run_harness
 from fmops.adapters.lm_eval_endpoint import EndpointLM
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError, nearest, unknown
+from fmops.evaluation.bbq import bias
 from fmops.evaluation.checks import followed
 from fmops.evaluation.protocol import PinnedTask
-from fmops.evaluation.suites import GENERATION_METRICS
+from fmops.evaluation.suites import BIAS_METRICS, GENERATION_METRICS
 from fmops.refusals import is_answered, is_refusal
 from fmops.toxicity import is_civil
 
@@ -44,7 +45,7 @@ PICTURE = "picture"
 """The field of an item that holds what is shown, as a data URL."""
 _SANDBOX = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 _SCORED = {
-    "multiple_choice": ("acc", "acc_norm", "acc_bytes", "exact_match"),
+    "multiple_choice": ("acc", "acc_norm", "acc_bytes", "exact_match", *BIAS_METRICS),
     "loglikelihood": ("acc",),
     "loglikelihood_rolling": ("bits_per_byte",),
     "generate_until": ("exact_match", *GENERATION_METRICS),
@@ -120,6 +121,7 @@ def build_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> Configurab
                 if name != "bits_per_byte"
                 else {"metric": name, "aggregation": "bits_per_byte", "higher_is_better": False}
                 for name in entry.metrics
+                if name not in BIAS_METRICS
             ],
             "process_results": _judge(entry.metrics) if set(entry.metrics) & set(GENERATION_METRICS) else None,
             "metadata": {},
@@ -225,22 +227,15 @@ def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat
         arguments = json.dumps(sample["arguments"], sort_keys=True, ensure_ascii=False)
         # What was seen is part of what was asked.
         arguments += sample["doc"].get(PICTURE) or ""
-        for metric in entry.metrics:
-            row = {
-                "family": entry.family,
-                "suite": entry.suite,
-                "task": entry.task,
-                "sample": sample["doc"]["id"],
-                "cluster": sample["doc"]["cluster"],
-                "metric": metric,
-                "score": _score(metric, sample[metric], entry.task, sample["doc"]["id"]),
-                "prompt_sha256": hashlib.sha256(arguments.encode()).hexdigest(),
-            }
-            if entry.config.output_type == "generate_until":
-                row["response"] = sample["filtered_resps"][0]
-            elif entry.config.output_type == "multiple_choice":
-                row |= _picked(metric, task.doc_to_choice(sample["doc"]), sample["filtered_resps"])
-            rows.append(row)
+        shared = {
+            "family": entry.family,
+            "suite": entry.suite,
+            "task": entry.task,
+            "sample": sample["doc"]["id"],
+            "cluster": sample["doc"]["cluster"],
+            "prompt_sha256": hashlib.sha256(arguments.encode()).hexdigest(),
+        }
+        rows += [{**shared, "metric": metric, **_measured(metric, entry, task, sample)} for metric in entry.metrics]
     return rows
 
 
@@ -253,6 +248,23 @@ def generate(lm: LM, prompts: list[str], *, max_tokens: int) -> list[str]:
     requests = [Instance("generate_until", {}, (text, options), 0) for text in texts]
     answers: list[str] = lm.generate_until(requests)
     return answers
+
+
+def _measured(metric: str, entry: PinnedTask, task: ConfigurableTask, sample: dict[str, Any]) -> dict[str, Any]:
+    """A row's score and what it was given for."""
+    document = sample["doc"]
+    if entry.config.output_type != "multiple_choice":
+        score = {"score": _score(metric, sample[metric], entry.task, document["id"])}
+        generated = entry.config.output_type == "generate_until"
+        return score | ({"response": sample["filtered_resps"][0]} if generated else {})
+    choices = task.doc_to_choice(document)
+    if metric in BIAS_METRICS:
+        # Of the answer that the gate's accuracy is about.
+        picked = _picked(entry.metrics[0], choices, sample["filtered_resps"])
+        value, counted = bias(metric, document, choices.index(picked["response"]))
+        return {"score": value, **picked, **({} if counted else {"counted": False})}
+    score = {"score": _score(metric, sample[metric], entry.task, document["id"])}
+    return score | _picked(metric, choices, sample["filtered_resps"])
 
 
 def _score(metric: str, value: Any, task: str, sample: str) -> float:

@@ -257,13 +257,13 @@ def _evaluation(known: Evidence) -> list[str]:
     lines = [
         "## Evaluation",
         "",
-        "Value ± standard error (n). Better is higher where the arrow points up.",
+        "Value ± standard error (n). Better is higher where the arrow points up, nearer to 0 where it says so.",
         "",
         "| family | task | metric | base | this model |",
         "|---|---|---|---:|---:|",
     ]
     for metric, base in rows:
-        arrow = "↑" if metric.higher_is_better else "↓"
+        arrow = {True: "↑", False: "↓", None: "→ 0"}[metric.higher_is_better]
         lines.append(
             f"| {_cell(metric.family)} | {_cell(metric.task)} | {_cell(metric.name)} {arrow} | "
             f"{_value(base)} | {_value(metric)} |"

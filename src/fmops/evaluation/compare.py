@@ -15,20 +15,21 @@ from typing import Any
 
 from fmops.artifacts import EvalReport
 from fmops.evaluation.protocol import PinnedTask, Protocol, read_lines
-from fmops.evaluation.statistics import clustered_mean, one_sided_bounds
+from fmops.evaluation.statistics import clustered_mean, counted_mean, nearer_to_zero, one_sided_bounds
+from fmops.evaluation.suites import BIAS_METRICS
 
 SMALLEST_SLICE = 10
 MOST_VALUES = 80
 """A field with more values than that names items, no kinds of them."""
 SLICES_SHOWN = 12
-_NAMES = ("id", "cluster", "checks", "label", "choices")
+_NAMES = ("id", "cluster", "checks", "label", "choices", "unknown", "biased")
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TaskDifference:
-    """One task and metric. Positive is better, whatever the metric."""
+    """One task and metric. Positive is better, whatever the metric; nearer to 0 is, for a bias score."""
 
     family: str
     task: str
@@ -112,11 +113,15 @@ def documents_of(items: Path | None, task: str) -> dict[str, Row]:
 
 
 def _difference(task: PinnedTask, metric: str, pairs: list[tuple[Row, Row]]) -> TaskDifference:
-    sign = 1.0 if task.higher_is_better else -1.0
-    clusters = [ours["cluster"] for ours, _ in pairs]
-    mean = clustered_mean([sign * (theirs["score"] - ours["score"]) for ours, theirs in pairs], clusters)
+    ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    if metric in BIAS_METRICS:
+        mean = nearer_to_zero(ours, theirs)
+    else:
+        sign = 1.0 if task.higher_is_better else -1.0
+        differences = [sign * (after["score"] - before["score"]) for before, after in pairs]
+        mean = clustered_mean(differences, [row["cluster"] for row in ours])
     lower, upper = one_sided_bounds(mean, 0.025)
-    before, after = (math.fsum(pair[side]["score"] for pair in pairs) / len(pairs) for side in (0, 1))
+    before, after = (counted_mean(rows).value for rows in (ours, theirs))
     return TaskDifference(task.family, task.task, metric, mean.n, before, after, mean.value, lower, upper)
 
 

@@ -20,7 +20,8 @@ from fmops.evaluation.journal import Journal
 from fmops.evaluation.outside import run_outside
 from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
 from fmops.evaluation.scoring import helpers, score
-from fmops.evaluation.statistics import clustered_mean
+from fmops.evaluation.statistics import counted_mean
+from fmops.evaluation.suites import BIAS_METRICS
 from fmops.frameworks import executable
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
@@ -131,7 +132,7 @@ def summarise(protocol: Protocol, rows: Rows) -> tuple[Metric, ...]:
     for task in protocol.tasks:
         for name in task.metrics:
             mine = [row for row in rows if row["task"] == task.task and row["metric"] == name]
-            mean = clustered_mean([row["score"] for row in mine], [row["cluster"] for row in mine])
+            mean = counted_mean(mine)
             metrics.append(
                 Metric(
                     suite=task.suite,
@@ -141,7 +142,7 @@ def summarise(protocol: Protocol, rows: Rows) -> tuple[Metric, ...]:
                     value=mean.value,
                     standard_error=mean.standard_error if mean.clusters > 1 else None,
                     n=mean.n,
-                    higher_is_better=task.higher_is_better,
+                    higher_is_better=None if name in BIAS_METRICS else task.higher_is_better,
                 )
             )
     return tuple(metrics)

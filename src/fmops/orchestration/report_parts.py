@@ -24,6 +24,7 @@ from fmops.store import Record, Store
 
 SAMPLES_SHOWN, SAMPLE_CHARACTERS = 12, 2000
 SERIES = ("base", "pretrained", "candidate")
+BETTER = {True: "higher is better", False: "lower is better", None: "0 is best"}
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,12 @@ def score_rows(reports: Sequence[Record | None]) -> list[dict[str, Any]]:
         tops = [bounds[1] if bounds else value for _, value, bounds in drawn]
         high = 1.0 if max(tops, default=0) <= 1.0 or "acc" in key[2] else max(tops)
         first = known[0][1]
+        low = -1.0 if first["higher_is_better"] is None else 0.0
         rows.append({
             "family": key[0], "task": key[1], "metric": key[2], "n": first["n"],
-            "better": "higher is better" if first["higher_is_better"] else "lower is better",
+            "better": BETTER[first["higher_is_better"]],
             "cells": [(css, _with_interval(item)) for css, item in zip(SERIES, items, strict=True)],
-            "svg": interval_rows(drawn, low=0.0, high=high), "high": f"{high:.2g}",
+            "svg": interval_rows(drawn, low=low, high=high), "scale": f"{low:.2g} to {high:.2g}",
         })  # fmt: skip
     return sorted(rows, key=lambda row: _place(row["family"]))
 
