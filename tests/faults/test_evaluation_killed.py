@@ -57,6 +57,8 @@ def folder(tmp_path: Path, tiny_model: Path) -> Path:
         pin(load_suite(suite, root=Path()), task, items=count).model_dump(mode="json")
         for suite, task, count in (("capability", "openbookqa", 12), ("harm", "harmbench", 4))
     ]
+    # Sampled answers come again, too.
+    pinned[1]["config"]["generation_kwargs"] = {"max_gen_toks": 24, "until": [], "do_sample": True, "temperature": 0.9}
     write_json(tmp_path / "benchmarks" / "tasks.json", pinned)
     return tmp_path
 
@@ -75,7 +77,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(folder):
     assert whole.returncode == 0, whole.stderr
     packs = int(whole.stdout)
     assert packs > 4
-    for fault in ("evaluate.chunk:3", "evaluate.task:1"):
+    for fault in ("evaluate.chunk:3", "evaluate.task:1", "evaluate.chunk:2"):
         assert run(folder, "killed", fault).returncode == -signal.SIGKILL
     journal = folder / "killed" / ".work" / "openbookqa.jsonl"
     assert len(journal.read_text().splitlines()) == packs

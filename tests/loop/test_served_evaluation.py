@@ -74,9 +74,22 @@ def test_a_likelihood_of_a_chat_is_refused(served):
         served.loglikelihood(requests("loglikelihood", (chat, " 4")))
 
 
-def test_options_that_are_not_greedy_are_refused(served):
-    with pytest.raises(FmopsError, match="generation_kwargs: num_beams is not greedy"):
+def test_options_that_the_server_does_not_have_are_refused(served):
+    with pytest.raises(FmopsError, match="generation_kwargs: num_beams is not decoded here"):
         served.generate_until(requests("generate_until", ("a", {"num_beams": 4})))
+    with pytest.raises(FmopsError, match="top_k is not part of OpenAI's API"):
+        served.generate_until(requests("generate_until", ("a", {"do_sample": True, "temperature": 1.0, "top_k": 9})))
+
+
+def test_samples_of_the_endpoint_come_again_by_their_seed(url):
+    options = {"max_gen_toks": 12, "until": [], "do_sample": True, "temperature": 1.0, "top_p": 0.9}
+    (request,) = requests("generate_until", ("def f(", options))
+    first, again, other = [
+        EndpointLM(OpenAIEndpoint(url), seed=seed).generate_until([request] * 3) for seed in (1, 1, 2)
+    ]
+    assert first == again
+    assert len(set(first)) == 3
+    assert not set(first) & set(other)
 
 
 def test_finished_requests_are_not_asked_again(served, tmp_path):

@@ -58,9 +58,9 @@ def inputs(tmp_path, tiny_model) -> dict:
 
 @pytest.fixture
 def measure(inputs, tmp_path):
-    def run(out: str = "out", limit: int | None = None, **changed):
+    def run(out: str = "out", limit: int | None = None, seed: int = 0, **changed):
         (tmp_path / out).mkdir(exist_ok=True)
-        context = StageContext(stream=io.StringIO())
+        context = StageContext(stream=io.StringIO(), seed=seed)
         report = evaluate(EvaluateJob(limit=limit), **{**inputs, **changed}, out=tmp_path / out, context=context)
         return report, context.stream.getvalue()
 
@@ -139,6 +139,42 @@ def test_the_gate_reads_what_evaluation_writes(measure, tmp_path):
     assert "a gain in domain is ruled out" in rejected.reasons[0]
     fewer, _ = measure("c", limit=3)
     assert decide(champion, fewer, tmp_path).verdict == "reject"
+
+
+def sampled(benchmarks: Benchmarks, temperature: float) -> None:
+    """Let harmbench be answered by samples."""
+    path = benchmarks.path / "tasks.json"
+    tasks = json.loads(path.read_text())
+    (harm,) = (task for task in tasks if task["task"] == "harmbench")
+    harm["config"]["generation_kwargs"] = {
+        "until": [],
+        "max_gen_toks": 24,
+        "do_sample": True,
+        "temperature": temperature,
+    }
+    write_json(path, tasks)
+
+
+def test_the_protocol_of_sampled_answers_holds_their_settings_and_seed(measure, inputs, tmp_path):
+    greedy, _ = measure("greedy")
+    sampled(inputs["benchmarks"], 0.8)
+    champion, _ = measure("a")
+    equal, _ = measure("b")
+    assert "sampling" in json.loads((tmp_path / "a" / "protocol.json").read_text())["engine"]
+    assert (tmp_path / "a" / "samples.jsonl").read_bytes() == (tmp_path / "b" / "samples.jsonl").read_bytes()
+    wide = {"capability": 0.9, "harm": 0.9}
+    assert decide(champion, equal, tmp_path, margins=wide, primary=()).verdict == "promote"
+    reseeded, _ = measure("c", seed=1)
+    sampled(inputs["benchmarks"], 0.7)
+    cooler, _ = measure("d")
+    assert len({each.fingerprint for each in (greedy, champion, reseeded, cooler)}) == 4
+    assert "the seeds differ: 0 and 1" in " ".join(decide(champion, reseeded, tmp_path).reasons)
+    assert "task harmbench differs in config" in " ".join(decide(champion, cooler, tmp_path).reasons)
+    answers = [
+        {row["sample"]: row["response"] for row in read_lines(tmp_path / out / "samples.jsonl") if "response" in row}
+        for out in ("a", "c")
+    ]
+    assert all(answers[0][name] != answers[1][name] for name in answers[0] if name.startswith("harmbench"))
 
 
 def test_a_domain_without_documents_says_what_to_add(measure, inputs):

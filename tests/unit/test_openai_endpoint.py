@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+from lm_eval.api.instance import Instance
 
+from fmops.adapters.lm_eval_endpoint import EndpointLM
 from fmops.adapters.openai_endpoint import LONGEST_WAIT_S, TRIES, OpenAIEndpoint
 from fmops.errors import FmopsError
 
@@ -114,3 +116,37 @@ def test_a_prompts_log_probabilities_come_without_what_was_generated():
     blind = Script((200, {"choices": [{"text": "abc", "logprobs": None}], "usage": usage}))
     with pytest.raises(FmopsError, match=r"answered without 'token_logprobs'"):
         blind.endpoint().prompt_logprobs("abc")
+
+
+def sampled(script: Callable[[httpx.Request], httpx.Response]) -> list[str]:
+    options = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 0.5}
+    lm = EndpointLM(Script(script).endpoint(), seed=3)
+    return lm.generate_until([Instance("generate_until", {}, ("a", options), 0)] * 2)
+
+
+def says(text: Callable[[dict], str]) -> Callable[[httpx.Request], httpx.Response]:
+    return lambda request: httpx.Response(200, json={"choices": [{"text": text(json.loads(request.content))}]})
+
+
+def test_sampling_is_asked_with_a_seed_of_its_own_for_each_repeat():
+    bodies = []
+
+    def answer(body: dict) -> str:
+        bodies.append(body)
+        return f"said {body.get('seed')}"
+
+    first, second = sampled(says(answer))
+    asked = [body for body in bodies if body["prompt"] == "a"]
+    assert [(body["temperature"], body["top_p"]) for body in asked] == [(0.5, 1.0)] * 2
+    assert {first, second} == {f"said {body['seed']}" for body in asked}
+    assert first != second
+    # Before them: the same seed twice, and others.
+    assert len(bodies) == 7
+
+
+def test_an_endpoint_that_does_not_repeat_its_samples_is_refused():
+    count = iter(range(99))
+    with pytest.raises(FmopsError, match="gives another answer to the same seed: samples could neither be repeated"):
+        sampled(says(lambda _: f"said {next(count)}"))
+    with pytest.raises(FmopsError, match=r"gives the same answer to every seed.*drop do_sample and temperature"):
+        sampled(says(lambda _: "said so"))

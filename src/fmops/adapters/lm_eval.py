@@ -31,6 +31,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as run_harness
 
 from fmops.adapters.lm_eval_endpoint import EndpointLM
+from fmops.adapters.lm_eval_generation import understood
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.bbq import bias
@@ -195,7 +196,7 @@ def check_fit(lm: SharedPrefixLM | EndpointLM, entry: PinnedTask, documents: lis
         who = "an endpoint is asked about none" if isinstance(lm, EndpointLM) else "this model reads none"
         raise FmopsError(f"task {entry.task} shows pictures, and {who}. Leave its suite out.")
     if kind == "generate_until":
-        lm.greedy(dict(entry.config.generation_kwargs or {}))
+        lm.decoding(dict(entry.config.generation_kwargs or {}))
     if kind not in ("multiple_choice", "loglikelihood") or isinstance(lm, EndpointLM):
         # A server refuses by itself what does not fit.
         return
@@ -210,6 +211,12 @@ def check_fit(lm: SharedPrefixLM | EndpointLM, entry: PinnedTask, documents: lis
                     f"task {entry.task}, item {document['id']}: an answer of {tokens} tokens does not fit the model's "
                     f"{lm.max_length} and would be cut off. Take the item out with `only`, or shorten the answer."
                 )
+
+
+def samples(entry: PinnedTask) -> bool:
+    """Whether the task's answers are sampled."""
+    generates = entry.config.output_type == "generate_until"
+    return generates and bool(understood(dict(entry.config.generation_kwargs or {}))["do_sample"])
 
 
 def run_task(lm: LM, entry: PinnedTask, documents: list[dict[str, Any]], *, chat: bool) -> list[dict[str, Any]]:

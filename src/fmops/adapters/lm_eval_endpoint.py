@@ -1,7 +1,7 @@
 """A served model behind lm-evaluation-harness's interface: what is scored is what is served.
 
-Enters: an OpenAI-compatible endpoint, requests. Leaves: greedy answers, log-likelihoods of prompts.
-Refuses: log-likelihoods of chats, and options that are not greedy.
+Enters: an OpenAI-compatible endpoint, requests. Leaves: answers, greedy or by a seed; log-likelihoods of prompts.
+Refuses: log-likelihoods of chats; sampling where the endpoint does not give the same answer to the same seed.
 
 Log-likelihoods come from `echo` with `logprobs`. The first token of a text has none and counts as nothing; an answer
 that fuses with its context into one token is read as the server reads the whole. Both arms of a comparison are asked
@@ -18,9 +18,11 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 
-from fmops.adapters.lm_eval_generation import UNDERSTOOD
+from fmops.adapters.lm_eval_generation import understood
+from fmops.adapters.lm_eval_sampling import Sampling
+from fmops.adapters.lm_eval_scorer import repeat_keys
 from fmops.adapters.openai_endpoint import OpenAIEndpoint
 from fmops.errors import FmopsError
 from fmops.evaluation.journal import Journal
@@ -30,6 +32,9 @@ AT_ONCE = 8
 MOST_STOPS = 4
 """As OpenAI's API allows; the others cut the answer here."""
 _CHAT = "\x00chat:"
+_PROBE = "Once upon a time there was"
+_PROBE_TOKENS = 24
+_SEEDS = (1, 2, 3, 4)
 
 
 class EndpointLM(LM):  # type: ignore[misc]
@@ -42,9 +47,15 @@ class EndpointLM(LM):  # type: ignore[misc]
     max_length: int | None = None
     truncated = 0
 
-    def __init__(self, endpoint: OpenAIEndpoint) -> None:
+    sampling_method = "as served, by seed"
+
+    def __init__(self, endpoint: OpenAIEndpoint, *, seed: int = 0) -> None:
+        """`seed` is what sampled answers come from, with the item's text and the number of its repeat."""
         super().__init__()
         self.endpoint = endpoint
+        self.seed = seed
+        self._repeats_samples = False
+        """Whether the endpoint was seen to answer the same to the same seed."""
         self.journal = Journal()
         self._lengths: dict[str, int] = {}
         """Tokens of each context; the answers of a question share one."""
@@ -64,9 +75,12 @@ class EndpointLM(LM):  # type: ignore[misc]
         return _CHAT + json.dumps(chat_history, ensure_ascii=False)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        for request in requests:
-            self.greedy(request.args[1])
-        answers: list[str] = self._all("generate", [request.args for request in requests], self._generate)
+        asked = []
+        for request, key in zip(requests, repeat_keys(requests, self.seed), strict=True):
+            sampled = "temperature" in self.decoding(request.args[1])[2]
+            # Greedy repeats are one request.
+            asked.append((*request.args, int(key[:7], 16) if sampled else None))
+        answers: list[str] = self._all("generate", asked, self._generate)
         return answers
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -77,28 +91,52 @@ class EndpointLM(LM):  # type: ignore[misc]
         scored = self._all("score", [("", request.args[0]) for request in requests], self._score)
         return [float(value) for value, _ in scored]
 
-    def greedy(self, given: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-        """A task's `generation_kwargs`, checked: most tokens, stop strings.
+    def decoding(self, given: dict[str, Any]) -> tuple[int, tuple[str, ...], dict[str, float]]:
+        """A task's `generation_kwargs`, checked: most tokens, stop strings, what the request says of sampling.
 
         Raises:
-            FmopsError: more than greedy decoding is asked for.
+            FmopsError: an option that OpenAI's API does not have, or samples that the endpoint would not repeat.
         """
-        options = dict(normalize_gen_kwargs(given))
-        strange = sorted(options.keys() - UNDERSTOOD)
-        if given.get("do_sample") or given.get("temperature") or strange:
-            raise FmopsError(
-                f"generation_kwargs: {', '.join(strange) or 'do_sample'} is not greedy decoding, which lets two "
-                "evaluations be compared. Drop it."
-            )
-        return int(options["max_gen_toks"]), tuple(text for text in options["until"] if text)
+        options = understood(given)
+        sampling = Sampling.of(options)
+        sent: dict[str, float] = {}
+        if sampling is not None:
+            extra = [name for name in ("top_k", "min_p") if options.get(name)]
+            if extra:
+                raise FmopsError(
+                    f"generation_kwargs: {', '.join(extra)} is not part of OpenAI's API, and {self.endpoint.url} may "
+                    "not follow it. Drop it, or evaluate the weights."
+                )
+            self._require_seeds()
+            sent = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        return int(options["max_gen_toks"]), tuple(text for text in options["until"] if text), sent
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        most, until = self.greedy(options)
+    def _require_seeds(self) -> None:
+        """Ask a few times, once, whether the same seed gives the same answer and another seed another one."""
+        if self._repeats_samples:
+            return
+
+        def answer(seed: int) -> str:
+            sent: dict[str, float] = {"temperature": 1.0, "top_p": 1.0, "seed": seed}
+            return self.endpoint.complete(_PROBE, max_tokens=_PROBE_TOKENS, sampling=sent)
+
+        first, again, *others = [answer(seed) for seed in (_SEEDS[0], *_SEEDS)]
+        if first != again or all(other == first for other in others):
+            told = "another answer to the same seed" if first != again else "the same answer to every seed"
+            raise FmopsError(
+                f"{self.endpoint.url} gives {told}: samples could neither be repeated nor compared. Use a server that "
+                "takes `seed`, evaluate the weights, or drop do_sample and temperature."
+            )
+        self._repeats_samples = True
+
+    def _generate(self, context: str, options: dict[str, Any], seed: int | None) -> str:
+        most, until, sent = self.decoding(options)
+        sampling = None if seed is None else {**sent, "seed": seed}
         if context.startswith(_CHAT):
             messages = json.loads(context.removeprefix(_CHAT))
-            text = self.endpoint.chat(messages, max_tokens=most, stop=until[:MOST_STOPS])
+            text = self.endpoint.chat(messages, max_tokens=most, stop=until[:MOST_STOPS], sampling=sampling)
         else:
-            text = self.endpoint.complete(context, max_tokens=most, stop=until[:MOST_STOPS])
+            text = self.endpoint.complete(context, max_tokens=most, stop=until[:MOST_STOPS], sampling=sampling)
         answer: str = postprocess_generated_text(generation=text, stop=list(until), think_end_token=None)
         return answer
 

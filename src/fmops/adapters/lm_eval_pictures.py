@@ -101,6 +101,6 @@ def _without_places(message: dict[str, str]) -> dict[str, Any]:
     return {"role": message["role"], "content": text.replace(PLACE, ""), "pictures": [PICTURE] * text.count(PLACE)}
 
 
-def open_model(folder: Path, *, threads: int) -> SharedPrefixLM:
+def open_model(folder: Path, *, threads: int, seed: int = 0) -> SharedPrefixLM:
     """The weights in a folder, with eyes where they have some."""
-    return (SeeingLM if reads_pictures(folder) else SharedPrefixLM)(folder, threads=threads)
+    return (SeeingLM if reads_pictures(folder) else SharedPrefixLM)(folder, threads=threads, seed=seed)

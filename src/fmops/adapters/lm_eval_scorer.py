@@ -1,16 +1,17 @@
 """A model behind lm-evaluation-harness's interface that reads each common beginning once.
 
-Enters: a Hugging Face folder, requests. Leaves: log-likelihoods and greedy generations, as the `hf` backend gives.
+Enters: a Hugging Face folder, requests. Leaves: log-likelihoods and generations, as the `hf` backend gives.
 Refuses: pickled weights, remote code, contexts longer than the model with room for an answer.
 
 All requests of a task form a tree: few-shot examples, question, answers, and what answers have in common. See
-`prefix_tree` for the order of reading and `greedy_slots` for generation. The head runs at scored positions only.
+`prefix_tree` for the order of reading and `answer_slots` for generation. The head runs at scored positions only.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
@@ -25,7 +26,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fmops.adapters.lm_eval_generation import Greedy, continue_alone, continue_prompts
+from fmops.adapters.lm_eval_generation import Decoding, continue_alone, continue_prompts
+from fmops.adapters.lm_eval_sampling import METHOD, TOP_K, answer_key
 from fmops.adapters.prefix_tree import Read, Step, plan
 from fmops.adapters.tree_reader import TreeReader, lines, shares_prefixes
 from fmops.errors import FmopsError
@@ -54,8 +56,11 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         journal: Journal | None = None,
         on_progress: Callable[[float], None] | None = None,
         pack_tokens: int = PACK_TOKENS,
+        seed: int = 0,
     ) -> None:
+        """`seed` is what sampled answers come from, with the item's text and the number of its repeat."""
         super().__init__()
+        self.seed = seed
         torch.set_num_threads(threads)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -102,6 +107,11 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
             "torch": torch.__version__, "transformers": transformers.__version__, "dtype": "float32",
             "batch": self.batch_mode,
         }  # fmt: skip
+
+    @property
+    def sampling_method(self) -> str:
+        """How sampled answers are drawn; part of the protocol of an evaluation that samples."""
+        return f"{METHOD}; top_k {TOP_K} unless named"
 
     @property
     def eot_token_id(self) -> int:
@@ -233,36 +243,50 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(place)
         texts: dict[int, str] = {}
         for places in groups.values():
-            options = self.greedy(requests[places[0]].args[1])
+            options = self.decoding(requests[places[0]].args[1])
             room = self.max_length - options.new_tokens
             prompts = [self.tok_encode(requests[place].args[0]) for place in places]
             self.truncated += sum(len(prompt) > room for prompt in prompts)
             prompts = [prompt[-room:] for prompt in prompts]
+            draws = repeat_keys([requests[place] for place in places], self.seed)
             answers = (
-                continue_prompts(self.model, prompts, options, journal=self.journal, pack_tokens=self.pack_tokens)
+                continue_prompts(
+                    self.model, prompts, options, draws, journal=self.journal, pack_tokens=self.pack_tokens
+                )
                 if self.shares
-                else continue_alone(self.model, prompts, options, journal=self.journal)
+                else continue_alone(self.model, prompts, options, draws, journal=self.journal)
             )
             for number, tokens in answers:
                 texts[places[number]] = options.text(tokens)
                 self.on_progress(len(texts) / len(requests))
         return [texts[place] for place in range(len(requests))]
 
-    def greedy(self, given: dict[str, Any]) -> Greedy:
+    def decoding(self, given: dict[str, Any]) -> Decoding:
         """A task's `generation_kwargs`, checked.
 
         Raises:
-            FmopsError: more than greedy decoding is asked for, or an answer leaves no room for a prompt.
+            FmopsError: an option that is not decoded here, or an answer that leaves no room for a prompt.
         """
         stated = self.model.generation_config.eos_token_id
         ends = stated if isinstance(stated, list) else [stated]
         named = frozenset({self.eot_token_id, *(end for end in ends if end is not None)})
-        options = Greedy.of(given, self.tokenizer, named)
+        options = Decoding.of(given, self.tokenizer, named)
         if options.new_tokens >= self.max_length:
             raise FmopsError(
                 f"max_gen_toks {options.new_tokens} leaves no room in the model's {self.max_length} tokens."
             )
         return options
+
+
+def repeat_keys(requests: Sequence[Instance], seed: int) -> list[str]:
+    """Each request's key for sampling. The harness asks for repeats by handing out a request several times."""
+    seen: Counter[tuple[str, int | None]] = Counter()
+    keys = []
+    for request in requests:
+        item = (request.args[0], request.doc_id)
+        keys.append(answer_key(seed, request.args[0], seen[item]))
+        seen[item] += 1
+    return keys
 
 
 def _refuse_misfit(tokenizer: Any, model: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A served model behind an OpenAI-compatible endpoint, as evaluation asks it: greedily, and again when it is busy.
+"""A served model behind an OpenAI-compatible endpoint, as evaluation asks it: greedily or by a seed, again when busy.
 
 Enters: a base URL that ends in /v1, request bodies. Leaves: answers as JSON objects.
 Refuses: an endpoint that does not answer, a request that it calls wrong, an answer of another shape; by name.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -56,15 +56,21 @@ class OpenAIEndpoint:
         self.release: str | None = cards[self.model].get("version")
         """Key of the release that is served, where the server says it, as FMOps' own does."""
 
-    def chat(self, messages: list[dict[str, str]], *, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
-        """The greedy answer to a dialogue."""
-        choice = self._choice("chat/completions", {"messages": messages, **_greedy(max_tokens, stop)})
+    def chat(
+        self, messages: list[dict[str, str]], *, max_tokens: int, stop: tuple[str, ...] = (),
+        sampling: Mapping[str, float] | None = None,
+    ) -> str:  # fmt: skip
+        """The answer to a dialogue: greedy, or by `sampling`'s temperature, top_p and seed."""
+        asked = {**_greedy(max_tokens, stop), **(sampling or {})}
+        choice = self._choice("chat/completions", {"messages": messages, **asked})
         # A server may say null for an answer without text.
         return str(_field(choice, "message", self.url).get("content") or "")
 
-    def complete(self, prompt: str, *, max_tokens: int, stop: tuple[str, ...] = ()) -> str:
-        """The greedy continuation of a text."""
-        choice = self._choice("completions", {"prompt": prompt, **_greedy(max_tokens, stop)})
+    def complete(
+        self, prompt: str, *, max_tokens: int, stop: tuple[str, ...] = (), sampling: Mapping[str, float] | None = None
+    ) -> str:
+        """The continuation of a text: greedy, or by `sampling`'s temperature, top_p and seed."""
+        choice = self._choice("completions", {"prompt": prompt, **_greedy(max_tokens, stop), **(sampling or {})})
         return str(_field(choice, "text", self.url))
 
     def prompt_logprobs(self, text: str) -> list[tuple[float | None, bool]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,7 @@ def evaluate(
     Raises:
         FmopsError: a suite without documents, or scores that are no numbers.
     """
-    from fmops.adapters.lm_eval import VERSION
+    from fmops.adapters.lm_eval import VERSION, samples
     from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE
 
     every = _tasks(config, benchmarks, corpus, seed=context.seed)
@@ -67,15 +69,18 @@ def evaluate(
     for task, _ in outside:
         executable(str(task.framework))
     work = _resume(out)
-    lm = _model(config, checkpoint, context)
+    opened = _opener(config, checkpoint, context)
+    lm = opened()
     if not lm.templated and any(task.chat for task, _ in tasks):
         context.note("the tokenizer has no chat template: prompts of chat tasks go in as they are")
     total = sum(task.items for task, _ in tasks)
     # An endpoint takes several requests at a time by itself.
     helping = 0 if config.endpoint else context.processes - 1
-    with helpers(helping, checkpoint.model, tasks, work, threads=context.threads):
+    with helpers(helping, opened, tasks, work):
         rows = score(lm, tasks, work, on_progress=lambda done: context.progress(done, total, unit="items"))
     engine = {"lm-eval": VERSION, **lm.engine}
+    if any(samples(task) for task, _ in tasks):
+        engine["sampling"] = lm.sampling_method
     counted = {task.task: task for task, _ in tasks}
     lm.journal, lm.on_progress = Journal(), lambda _: None
     for task, version, answers in run_outside(lm, outside, work, limit=config.limit, seed=context.seed):
@@ -101,16 +106,22 @@ def evaluate(
     return EvalReport(path=out, metrics=metrics, fingerprint=protocol.fingerprint)
 
 
-def _model(config: EvaluateJob, checkpoint: Checkpoint, context: StageContext) -> SharedPrefixLM | EndpointLM:
-    """The weights, or the endpoint that serves them."""
+def _opener(
+    config: EvaluateJob, checkpoint: Checkpoint, context: StageContext
+) -> Callable[[], SharedPrefixLM | EndpointLM]:
+    """What opens the weights, or asks the endpoint that serves them."""
     if config.endpoint is None:
         from fmops.adapters.lm_eval_pictures import open_model
 
-        return open_model(checkpoint.model, threads=context.threads)
+        return partial(open_model, checkpoint.model, threads=context.threads, seed=context.seed)
+    return partial(_served, config, context)
+
+
+def _served(config: EvaluateJob, context: StageContext) -> EndpointLM:
     from fmops.adapters.lm_eval_endpoint import EndpointLM
     from fmops.adapters.openai_endpoint import OpenAIEndpoint
 
-    endpoint = OpenAIEndpoint(config.endpoint, model=config.served_model)
+    endpoint = OpenAIEndpoint(str(config.endpoint), model=config.served_model)
     if config.release and endpoint.release and config.release != endpoint.release:
         raise FmopsError(
             f"{endpoint.url} serves {endpoint.release}, not {config.release}. Evaluate that one, or serve "
@@ -118,7 +129,7 @@ def _model(config: EvaluateJob, checkpoint: Checkpoint, context: StageContext) -
         )
     told = endpoint.release or "it does not say which weights"
     context.note(f"asked: {endpoint.model} at {endpoint.url}, serving {told}")
-    return EndpointLM(endpoint)
+    return EndpointLM(endpoint, seed=context.seed)
 
 
 def _file(benchmarks: Benchmarks, task: PinnedTask) -> Path | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 
 Entries = list[tuple[PinnedTask, list[dict[str, Any]]]]
+Opened = Callable[[], "SharedPrefixLM | EndpointLM"]
 
 
 def score(
@@ -56,11 +57,14 @@ def score(
 
 
 @contextmanager
-def helpers(count: int, model: Path, entries: Entries, work: Path, *, threads: int) -> Iterator[None]:
-    """So many more processes that score the same tasks while the block runs; a dead one's chunks go to the others."""
+def helpers(count: int, opened: Opened, entries: Entries, work: Path) -> Iterator[None]:
+    """So many more processes that score the same tasks while the block runs; a dead one's chunks go to the others.
+
+    `opened` gives each of them the model; it is sent to them by pickle.
+    """
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_help, args=(model, entries, work, worker, threads, os.getpid()), daemon=True)
+        context.Process(target=_help, args=(opened, entries, work, worker, os.getpid()), daemon=True)
         for worker in range(1, count + 1)
     ]
     for process in processes:
@@ -73,11 +77,9 @@ def helpers(count: int, model: Path, entries: Entries, work: Path, *, threads: i
             process.join()
 
 
-def _help(model: Path, entries: Entries, work: Path, worker: int, threads: int, parent: int) -> None:
-    from fmops.adapters.lm_eval_pictures import open_model
-
+def _help(opened: Opened, entries: Entries, work: Path, worker: int, parent: int) -> None:
     def stay(_: float) -> None:
         if os.getppid() != parent:
             raise SystemExit(f"process {parent}, which this one helped, is gone")
 
-    score(open_model(model, threads=threads), entries, work, on_progress=stay, worker=worker)
+    score(opened(), entries, work, on_progress=stay, worker=worker)

@@ -1,6 +1,7 @@
-"""Greedy generation for many prompts in continuous batches: a finished answer's place goes to the next prompt at once.
+"""Generation for many prompts in continuous batches: a finished answer's place goes to the next prompt at once.
 
-Enters: prompts that a `TreeReader` reads, what ends an answer. Leaves: the tokens of each answer, as they finish.
+Enters: prompts that a `TreeReader` reads, how tokens are chosen, what ends an answer. Leaves: the tokens of each
+answer, as they finish.
 Refuses: nothing; what is asked for is checked where requests enter.
 
 A matrix product of four rows or more computes each of them alike (MKL, measured; see docs/log.md), and so does
@@ -10,7 +11,7 @@ A matrix product of four rows or more computes each of them alike (MKL, measured
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,16 @@ POOL_TOKENS = 1 << 17
 """Room for keys and values, over all rows: 64 answers of 2,048 tokens, prompts included, or fewer and longer ones."""
 
 
+Choose = Callable[[torch.Tensor, Sequence[tuple[int, int]]], list[int]]
+"""Tokens from logits (rows, vocabulary), each row with its request and how many tokens its answer has so far."""
+
+
+def likeliest(logits: torch.Tensor, _: Sequence[tuple[int, int]]) -> list[int]:
+    """Greedy decoding."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    return tokens
+
+
 @dataclass(eq=False)
 class Answer:
     """One answer under way."""
@@ -41,6 +52,7 @@ def generate(
     reader: TreeReader,
     next_step: Callable[[], tuple[int, set[int]] | None],
     is_done: Callable[[list[int]], bool],
+    choose: Choose = likeliest,
     *,
     new_tokens: int,
 ) -> Iterator[Answer]:
@@ -60,7 +72,7 @@ def generate(
             work = next_step()
             more = work is not None
             if work is not None:
-                waiting.extend(_prompted(reader, *work))
+                waiting.extend(_prompted(reader, *work, choose))
         for row in range(rows):
             if slots[row] is None and waiting:
                 admitted = waiting.popleft()
@@ -71,28 +83,28 @@ def generate(
                 slots[row], pool.lengths[row] = None, 0
                 yield answer
         if (any(slots) and not (more or waiting)) or all(slots):
-            _advance(reader, pool, slots)
+            _advance(reader, pool, slots, choose)
 
 
 def _ended(answer: Answer, is_done: Callable[[list[int]], bool], new_tokens: int) -> bool:
     return is_done(answer.tokens) or len(answer.tokens) == new_tokens
 
 
-def _prompted(reader: TreeReader, index: int, wanted: set[int]) -> Iterator[Answer]:
+def _prompted(reader: TreeReader, index: int, wanted: set[int], choose: Choose) -> Iterator[Answer]:
     """Read a step's prompts; each becomes an answer of one token with a cache of its own."""
     step = reader.steps[index]
     ends = step.ends()
     kept = sorted({span.places[-1] for span in step.spans})
-    first = dict(zip(kept, reader.read(index, kept).argmax(-1).tolist(), strict=True))
-    for span in step.spans:
-        if span.request not in wanted:
-            continue
-        place = span.places[-1]
-        yield Answer(span.request, index, reader.branch(step.start, ends, place), [first[place]])
+    row = {place: number for number, place in enumerate(kept)}
+    spans = [span for span in step.spans if span.request in wanted]
+    logits = reader.read(index, kept)
+    first = choose(logits[[row[span.places[-1]] for span in spans]], [(span.request, 0) for span in spans])
+    for span, token in zip(spans, first, strict=True):
+        yield Answer(span.request, index, reader.branch(step.start, ends, span.places[-1]), [token])
 
 
 @torch.inference_mode()
-def _advance(reader: TreeReader, pool: Pool, slots: list[Answer | None]) -> None:
+def _advance(reader: TreeReader, pool: Pool, slots: list[Answer | None], choose: Choose) -> None:
     """One more token for each answer. Answers move to the first rows, so that no more rows are computed than needed."""
     last = len(slots) - 1
     for row in range(len(slots)):
@@ -111,5 +123,6 @@ def _advance(reader: TreeReader, pool: Pool, slots: list[Answer | None]) -> None
         input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1, pool=pool
     )  # fmt: skip
     pool.end()
-    for answer, token in zip(running, output.logits[: len(running), -1].argmax(-1).tolist(), strict=True):
+    places = [(answer.request, len(answer.tokens)) for answer in running]
+    for answer, token in zip(running, choose(output.logits[: len(running), -1], places), strict=True):
         answer.tokens.append(token)
