@@ -12,13 +12,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import beta
 
 from benchmarks.simulated import RATES, Production
-from fmops.deployment.monitoring.watch import Watch, slow_harm, watch
+from fmops.deployment.monitoring.meaning import Code
+from fmops.deployment.monitoring.watch import MEASURES, Watch, slow_harm, watch
 from fmops.deployment.rollout.evidence import Evidence, observe
 from fmops.deployment.rollout.machine import SetTraffic, State, advance, detectable
 from fmops.lifecycle import Monitor, Rollout
@@ -133,15 +135,27 @@ BEFORE = 2000
 """Answers in control before a change, the reference included."""
 
 
-def drift_run(seed: int, change: Callable[[Production, int], None], answers: int) -> Watch:
-    """Answers in control, then as `change` makes them (it is told how many answers ago the change began)."""
+Coder = Callable[[str], Code]
+
+
+def drift_run(seed: int, change: Callable[[Production, int], None], answers: int, code: Coder | None = None) -> Watch:
+    """Answers in control, then as `change` makes them (it is told how many answers ago the change began).
+
+    Without `code` nothing is said about what prompts mean.
+    """
     production = Production(
         seed=seed, topics={"python": 0.7, "cooking": 0.3}, log_probability=-1.0, per_second=DAY / 86_400
     )
-    state = watch(Watch(release=production.champion), production.serve(BEFORE), (), MONITOR)
+
+    def taken(state: Watch, count: int) -> Watch:
+        traces = [*production.serve(count)]
+        codes = {trace.id: code(trace.prompt) for trace in traces} if code else None
+        return watch(state, traces, (), MONITOR, codes)
+
+    state = taken(Watch(release=production.champion), BEFORE)
     for start in range(0, answers, 25):
         change(production, start)
-        state = slow_harm(watch(state, production.serve(25), (), MONITOR), production.now_s, MONITOR)
+        state = slow_harm(taken(state, 25), production.now_s, MONITOR)
     return state
 
 
@@ -200,11 +214,11 @@ DRIFTS: dict[str, tuple[Callable[[Production, int], None], str, str, int]] = {
 }
 
 
-def quiet(runs: int, seed: int) -> dict[str, Any]:
+def quiet(runs: int, seed: int, code: Coder | None = None) -> dict[str, Any]:
     """Thirty days in control, and thirty days of benign seasons."""
     month = 30 * DAY
-    same = [drift_run(seed + n, unchanged, month - BEFORE) for n in range(runs)]
-    season = [drift_run(seed + n, seasonal, month - BEFORE) for n in range(runs // 2)]
+    same = [drift_run(seed + n, unchanged, month - BEFORE, code) for n in range(runs)]
+    season = [drift_run(seed + n, seasonal, month - BEFORE, code) for n in range(runs // 2)]
     return {
         "answers_a_day": DAY,
         # P(alarm within n) ≤ n/A for each kind, plus the slow rule's 0.1 for harm.
@@ -213,15 +227,16 @@ def quiet(runs: int, seed: int) -> dict[str, Any]:
             "shift in 30 days": month / MONITOR.observations_per_false_alarm,
         },
         "in_control": {kind: rate(raised(same, kind), len(same)) for kind in ("harm", "shift")},
+        "shifted": {name: sum(any(a.signal == name for a in state.alarms) for state in same) for name in MEASURES},
         "seasonal": {kind: rate(raised(season, kind), len(season)) for kind in ("harm", "shift")},
     }
 
 
-def drifts(runs: int, seed: int) -> dict[str, Any]:
+def drifts(runs: int, seed: int, code: Coder | None = None) -> dict[str, Any]:
     """Each kind of drift."""
     table = {}
     for name, (change, kind, signal, answers) in DRIFTS.items():
-        states = [drift_run(1000 + seed + n, change, answers) for n in range(runs)]
+        states = [drift_run(1000 + seed + n, change, answers, code) for n in range(runs)]
         table[name] = drift_row(states, kind, signal)
     return {"policy": MONITOR.model_dump(mode="json"), "table": table}
 
@@ -250,6 +265,7 @@ def drift_row(states: Sequence[Watch], kind: str, signal: str) -> dict[str, Any]
 
 def show_quiet(found: Mapping[str, Any]) -> None:
     """Alarms while nothing is wrong."""
+    print("in control, runs with a shift alarm by measure:", found["shifted"])
     for name in ("in_control", "seasonal"):
         for kind, r in found[name].items():
             print(f"{name} 30 days, {kind}: {r['hits']} of {r['n']} runs ({r['low']:.3f}–{r['high']:.3f})")
@@ -279,23 +295,32 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     )
 
 
+def prompt_codes(folder: Path) -> Coder:
+    """What puts prompts into codes; a text is put into one once."""
+    from fmops.adapters.prompt_codes import PromptCodes
+
+    return lru_cache(maxsize=100_000)(PromptCodes(folder))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["canary", "quiet", "drift"])
     parser.add_argument("--runs", type=int, help="Default: 300 for canary, 60 for quiet, 24 for drift.")
     parser.add_argument("--seed", type=int, default=0, help="First seed, of quiet and drift.")
+    parser.add_argument("--model", type=Path, help="Folder whose embeddings say what prompts mean; not of canary.")
     parser.add_argument("--out", type=Path, help="Add the part to this JSON file.")
     given = parser.parse_args()
     started = time.process_time()
+    code = prompt_codes(given.model) if given.model else None
     if given.part == "canary":
         found = canaries(given.runs or 300)
         for name, row in found["runs"].items():
             show(name, row)
     elif given.part == "quiet":
-        found = quiet(given.runs or 60, given.seed)
+        found = quiet(given.runs or 60, given.seed, code)
         show_quiet(found)
     else:
-        found = drifts(given.runs or 24, given.seed)
+        found = drifts(given.runs or 24, given.seed, code)
         show_drift(found)
     found["cpu_s"] = time.process_time() - started
     if given.out:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fmops.traces import Trace
@@ -40,6 +40,8 @@ class Production:
     challenger: str = "release-challenger"
     topics: Mapping[str, float] = field(default_factory=dict)
     """Weights of the prompts' topics; without any, prompts are empty."""
+    questions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Whole prompts by topic, to draw from; a topic that has none is made of its words."""
     longer: float = 1.0
     """Factor on the length of answers."""
     log_probability: float | None = None
@@ -91,4 +93,6 @@ class Production:
         if not self.topics:
             return ""
         topic = self._chance.choices(list(self.topics), list(self.topics.values()))[0]
+        if topic in self.questions:
+            return self._chance.choice(self.questions[topic])
         return " ".join(self._chance.choices(TOPICS[topic].split(), k=self._chance.randint(4, 12)))

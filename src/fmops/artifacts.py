@@ -281,6 +281,7 @@ class DriftReport(Artifact):
     golden: float | None = Field(None, description="Share of the golden prompts answered as certified.")
     golden_error: str | None = Field(None, description="Why they could not be asked.")
     judge_error: str | None = Field(None, description="Why the judge could not be asked.")
+    meaning_error: str | None = Field(None, description="Why prompts are not put into codes of their meaning.")
     alarms: tuple[Alarm, ...] = ()
     diagnosis: Diagnosis | None = None
 

@@ -109,7 +109,7 @@ FACT_OF = {
     ("prompt_leak", "harm"): "unsafe", ("toxic", "harm"): "unsafe",
     ("empty", "harm"): "malformed", ("truncated", "harm"): "malformed",
     ("repeated", "harm"): "malformed", ("invalid_json", "harm"): "malformed", ("wrong_language", "harm"): "malformed",
-    ("topic", "shift"): "new topics", ("prompt_words", "shift"): "new prompts",
+    ("topic", "shift"): "new topics", ("meaning", "shift"): "new topics", ("prompt_words", "shift"): "new prompts",
     ("log_probability", "shift"): "unsure", ("words", "shift"): "other answers",
 }  # fmt: skip
 """What an alarm says."""

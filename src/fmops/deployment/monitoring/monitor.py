@@ -19,7 +19,8 @@ from fmops.deployment.monitoring.detectors import kolmogorov_smirnov, population
 from fmops.deployment.monitoring.diagnosis import Findings, diagnose
 from fmops.deployment.monitoring.judge import Ask as AskJudge
 from fmops.deployment.monitoring.judge import ask_endpoint, sample, verdicts, with_verdicts
-from fmops.deployment.monitoring.watch import Watch, next_release, slow_harm, watch, worse_than_before
+from fmops.deployment.monitoring.meaning import Code
+from fmops.deployment.monitoring.watch import Watch, next_release, slow_harm, watch, watches, worse_than_before
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.deployment.serving.server import workspace_secret
 from fmops.errors import FmopsError, first_mistake
@@ -47,6 +48,7 @@ class Saved(Frozen):
     golden: Golden | None = None
     golden_asked_s: float = 0.0
     judge_error: str | None = None
+    meaning_error: str | None = None
     looked_s: float = Field(0.0, description="Unix time of the last look; the dead man's switch reads it.")
 
 
@@ -60,6 +62,7 @@ class Watcher:
         self._store, self._policy, self._clock = store, policy, clock
         self._engine = engine or (lambda url: engine_at(url, secret=workspace_secret(store.root)))
         self._judge = judge or (ask_endpoint(policy.judge) if policy.judge else None)
+        self._coder: tuple[str, Callable[[str], Code]] | None = None
         self._traces = DayLog(store.root / TRACES, Trace)
         self._votes = DayLog(store.root / FEEDBACK, Feedback)
 
@@ -75,6 +78,7 @@ class Watcher:
         # Asking the engine and the judge takes seconds: whoever else looks must not wait for it.
         asked = self._ask_golden(champion, self.read())
         judged, judge_error = self._ask_judge(champion, self.read())
+        code, meaning_error = self._find_coder(champion)
         with self._locked():
             saved = self.read() or Saved(watch=Watch(release=champion))
             read, cursor = self._traces.read(saved.traces)
@@ -84,11 +88,14 @@ class Watcher:
             state, known = saved.watch, len(saved.watch.alarms)
             if state.release != champion:
                 state, known = next_release(state, champion), 0
-            state = slow_harm(watch(state, traces, votes, self._policy), now, self._policy)
+            codes = {trace.id: code(trace.prompt) for trace in traces if code and watches(champion, trace)}
+            state = slow_harm(watch(state, traces, votes, self._policy, codes), now, self._policy)
+            if code and not state.known_codes and state.answers >= self._policy.reference:
+                meaning_error = "no prompt of the reference was put into a code; the next release's will be"
             golden, asked_s = asked or (saved.golden, saved.golden_asked_s)
             after = Saved(
                 watch=state, traces=cursor, votes=votes_cursor, golden=golden, golden_asked_s=asked_s, looked_s=now,
-                judge_error=judge_error,
+                judge_error=judge_error, meaning_error=meaning_error,
             )  # fmt: skip
             fault_site("monitor-before-save")
             write_atomically(self._store.root / FILE, after.model_dump_json() + "\n")
@@ -139,6 +146,18 @@ class Watcher:
         except (OSError, LookupError, TypeError, ValueError) as error:
             return {}, f"{type(error).__name__}: {error}"
 
+    def _find_coder(self, champion: str) -> tuple[Callable[[str], Code] | None, str | None]:
+        """What puts prompts into codes, by the embeddings of the champion's own files; or why there is nothing."""
+        if self._coder is None or self._coder[0] != champion:
+            try:
+                from fmops.adapters.prompt_codes import PromptCodes
+
+                # Nothing is fetched for this: in a bucket lie many gigabytes, and looks begin every minute.
+                self._coder = (champion, PromptCodes(self._store.artifacts / champion / "model"))
+            except (FmopsError, ImportError, OSError, ValueError) as error:
+                return None, str(error)
+        return self._coder[1], None
+
     def _report(self, saved: Saved, *, new: int) -> DriftReport:
         state, policy, golden = saved.watch, self._policy, saved.golden
         threshold = policy.observations_per_false_alarm
@@ -174,6 +193,7 @@ class Watcher:
             golden=1 - len(golden.differ) / golden.asked if golden and golden.asked else None,
             golden_error=golden.error if golden else None,
             judge_error=saved.judge_error,
+            meaning_error=saved.meaning_error,
             alarms=recent,
             diagnosis=diagnose(findings),
         )
@@ -231,6 +251,8 @@ def describe(report: DriftReport) -> str:
         lines.append(f"golden prompts could not be asked: {report.golden_error}")
     if report.judge_error:
         lines.append(f"the judge could not be asked: {report.judge_error}")
+    if report.meaning_error:
+        lines.append(f"what prompts mean is not watched: {report.meaning_error}")
     for alarm in report.alarms:
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(alarm.at_s))
         known = alarm.reference is not None and alarm.now is not None

@@ -1,6 +1,7 @@
 """What monitoring remembers of the release that serves, and how it takes in answers. Pure.
 
-Enters: traces and votes, in the order in which they were written. Leaves: frozen state, and alarms.
+Enters: traces and votes, in the order in which they were written; codes of the prompts' meaning. Leaves: frozen
+state, and alarms.
 Refuses: traces of other releases and arms; they say nothing about what serves.
 """
 
@@ -16,6 +17,7 @@ from fmops.artifacts import Alarm, Frozen
 from fmops.deployment.evalues import Count, exact_upper
 from fmops.deployment.monitoring.detectors import Detector, Shift, risk_has_risen
 from fmops.deployment.monitoring.judge import JUDGED
+from fmops.deployment.monitoring.meaning import AROUND, MOST, Code, strangeness
 from fmops.deployment.monitoring.signals import BINARY
 from fmops.deployment.monitoring.topics import novelty, words_of
 from fmops.lifecycle import Monitor
@@ -25,6 +27,7 @@ RATES = ("failed", "slow", "disliked", JUDGED, *BINARY)
 """0/1 signals that are watched for harm."""
 MEASURES: dict[str, Callable[[float], int]] = {
     "topic": lambda value: math.floor(value * 50),
+    "meaning": lambda value: math.floor(value * AROUND),
     "prompt_words": lambda value: math.floor(4 * math.log2(1 + value)),
     "words": lambda value: math.floor(4 * math.log2(1 + value)),
     "log_probability": lambda value: math.floor(max(value, -20.0) * 20),
@@ -51,7 +54,9 @@ LOUDER = 2.0
 FEWEST = 2
 """Answers of a user that count in any case."""
 NORMAL_NOVELTY = 4
-"""A quarter as many prompts as the reference has say, after it, how many new words are normal."""
+"""A quarter as many prompts as the reference has say, after it, how many new words are normal, and how far away."""
+BY_REFERENCE = ("topic", "meaning")
+"""Measures of the distance to the reference's prompts: there are none before it is complete."""
 
 
 class Rate(Frozen):
@@ -85,6 +90,9 @@ class Watch(Frozen):
     rates: dict[str, Rate] = Field(default=dict.fromkeys(RATES, Rate()))
     measures: dict[str, Measure] = Field(default=dict.fromkeys(MEASURES, Measure()))
     known_words: frozenset[int] = Field(default=frozenset(), description="Of the reference's prompts, hashed.")
+    known_codes: tuple[Code, ...] = Field(
+        default=(), description="Of the reference's prompts, each once; empty where nobody puts prompts into codes."
+    )
     token_s: tuple[float, ...] = Field(
         default=(), description="Seconds a token of the reference, until it is complete."
     )
@@ -98,14 +106,25 @@ class Watch(Frozen):
     alarms: tuple[Alarm, ...] = ()
 
 
-def watch(state: Watch, traces: Iterable[Trace], votes: Iterable[Feedback], policy: Monitor) -> Watch:
-    """Take in what is new, answers in the order of their log. How they are cut into looks changes nothing."""
+def watch(
+    state: Watch, traces: Iterable[Trace], votes: Iterable[Feedback], policy: Monitor,
+    codes: Mapping[str, Code] | None = None,
+) -> Watch:  # fmt: skip
+    """Take in what is new, answers in the order of their log. How they are cut into looks changes nothing.
+
+    `codes` are those of the prompts, by the trace's id; without them nothing is said about meaning.
+    """
     for trace in traces:
-        if trace.arm == "champion" and trace.release == state.release:
-            state = _answer(state, trace, trace.started_s + trace.duration_s, policy)
+        if watches(state.release, trace):
+            state = _answer(state, trace, trace.started_s + trace.duration_s, policy, (codes or {}).get(trace.id, ""))
     for vote in votes:
         state = _vote(state, vote, policy)
     return state
+
+
+def watches(release: str, trace: Trace) -> bool:
+    """Whether a trace says anything about the release that serves."""
+    return trace.arm == "champion" and trace.release == release
 
 
 def seen_in(trace: Trace, slow_s: float | None) -> dict[str, float]:
@@ -119,7 +138,7 @@ def seen_in(trace: Trace, slow_s: float | None) -> dict[str, float]:
     return seen | ({"slow": float(pace > slow_s)} if pace is not None and slow_s is not None else {})
 
 
-def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
+def _answer(state: Watch, trace: Trace, now: float, policy: Monitor, code: Code) -> Watch:
     seen = seen_in(trace, state.slow_s)
     if not seen:
         return state
@@ -137,27 +156,35 @@ def _answer(state: Watch, trace: Trace, now: float, policy: Monitor) -> Watch:
         if len(paces) * 2 >= policy.reference:
             # The first half of the reference says what slow is, the second how often normal is slow.
             changes |= {"slow_s": sorted(paces)[math.ceil((1 - SLOW_SHARE) * len(paces)) - 1], "token_s": ()}
-    ready = state.answers + 1 >= policy.reference
-    words = words_of(trace.prompt) if heard else frozenset()
-    new_words = None
-    if state.answers < policy.reference:
-        changes["known_words"] = state.known_words | words
-    elif words:
-        new_words = novelty(words, state.known_words)
-    rates, measures = dict(state.rates), dict(state.measures)
-    for name, value in seen.items():
-        rates[name] = _rate(rates.get(name, Rate()), name, int(value > 0), trace.id, now, policy, ready=ready)
-    numbers = {
-        "topic": new_words,
+    ready_before, ready = (state.answers + more >= policy.reference for more in (0, 1))
+    numbers: dict[str, float | None] = {
         "prompt_words": float(len(trace.prompt.split())) if trace.prompt else None,
         "words": trace.signals.get("words"),
         "log_probability": trace.mean_log_probability,
     }
+    if heard and not ready_before:
+        changes |= _remembered(state, trace, code, policy)
+    elif heard:
+        words = words_of(trace.prompt)
+        numbers["topic"] = novelty(words, state.known_words) if words else None
+        numbers["meaning"] = strangeness(code, state.known_codes) if code else None
+    rates, measures = dict(state.rates), dict(state.measures)
+    for name, value in seen.items():
+        rates[name] = _rate(rates.get(name, Rate()), name, int(value > 0), trace.id, now, policy, ready=ready)
     for name, number in numbers.items():
         if heard and number is not None:
-            known = name != "topic" or state.answers >= policy.reference + policy.reference // NORMAL_NOVELTY
-            measures[name] = _measure(measures[name], name, number, trace.id, now, ready=ready and known)
+            known = name not in BY_REFERENCE or state.answers >= policy.reference + policy.reference // NORMAL_NOVELTY
+            had = measures.get(name, Measure())
+            measures[name] = _measure(had, name, number, trace.id, now, ready=ready and known)
     return _judge(state.model_copy(update={**changes, "rates": rates, "measures": measures}), now, policy)
+
+
+def _remembered(state: Watch, trace: Trace, code: Code, policy: Monitor) -> dict[str, object]:
+    """A prompt of the reference becomes known: its words, and of a sample of prompts the meaning."""
+    known: dict[str, object] = {"known_words": state.known_words | words_of(trace.prompt)}
+    if code and code not in state.known_codes and _chance(trace.id, "known") * policy.reference < MOST:
+        known["known_codes"] = (*state.known_codes, code)
+    return known
 
 
 def _loud(voices: tuple[str, ...], identity: str) -> bool:
