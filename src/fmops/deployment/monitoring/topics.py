@@ -1,7 +1,7 @@
 """How much of a prompt is about something else: the share of its words that the reference's prompts lack.
 
 Enters: texts. Leaves: hashed words, and shares between 0 and 1.
-Refuses: nothing. It knows words, not meanings; an embedding model could take its place.
+Refuses: nothing. It knows words, not meanings; those are watched beside it (`meaning.py`).
 
 A distance to the reference's mean was tried before: it moves when a known topic is asked about more often, as it is
 every evening, and hardly when new names come in questions of a known form.
