@@ -23,6 +23,7 @@ from fmops.evaluation.bbq import bias, read_bbq
 from fmops.evaluation.benchmarks import prepare_benchmarks
 from fmops.evaluation.compare import lay_side_by_side
 from fmops.evaluation.evaluate import evaluate
+from fmops.evaluation.evidence import gather
 from fmops.evaluation.protocol import read_lines
 from fmops.evaluation.statistics import counted_mean, nearer_to_zero
 from fmops.evaluation.suites import check_together, load_suite, read_suite
@@ -253,6 +254,10 @@ def test_the_hub_s_rows_give_both_scores_with_errors_in_a_report(tiny_model, tmp
         assert metric.n == (24 if task == "ambiguous" else len(groups))
         # Three templates are three clusters.
         assert metric.standard_error is not None
+    evidence = gather(report, report)
+    assert evidence.problems == ()
+    # The gate pairs accuracy alone.
+    assert len(evidence.families["bias"].differences) == 48
     found = lay_side_by_side(report, report, benchmarks / "items")
     same = next(each for each in found.tasks if each.metric == "amb_bias_score")
     assert (same.difference, same.lower, same.upper) == (0.0, 0.0, 0.0)
