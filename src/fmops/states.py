@@ -1,8 +1,8 @@
 """Resume states in the bucket: what a training stage needs to go on when its machine is gone, disk and all.
 
-Enters: a stage's folder of work while it runs. Leaves: its sealed checkpoints and small files in the bucket, and back.
-Refuses: a checkpoint without a manifest, which is torn; what arrives is compared with its digests by who resumes. The
-states of a machine that was thought lost, once another one has taken over.
+Enters: a stage's folder of work while it runs. Leaves: its whole checkpoints and small files in the bucket, and back.
+Refuses: a checkpoint without the file that is written last, which is torn; our own are compared with their digests by
+who resumes, other frameworks' here. The states of a machine that was thought lost, once another one has taken over.
 
 In the bucket: files by their digest, so that two machines never touch each other's, and one index of them that moves by
 compare-and-swap. It names who holds it: the machine that began last.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, IntegrityError
 from fmops.integrity import sha256
 from fmops.shared import Shared, inside
 
@@ -26,6 +26,12 @@ EVERY_S = 15.0
 SMALL_BYTES = 1_000_000
 INDEX = "states.json"
 """Written last: the manifests of checkpoints, the digests of other files, and who holds it."""
+OURS = "checkpoint-*"
+OUTSIDE = {"torchtitan/checkpoint/step-*": ".metadata", "llama-factory/made/checkpoint-*": "trainer_state.json"}
+"""Where other frameworks leave checkpoints, and the file that the first rank writes last into one. Of LLaMA-Factory's
+other ranks a random state may come a moment later; its trainer goes on without."""
+GROWING = ("torchtitan/curve.jsonl",)
+"""Lines that belong to such a checkpoint and are written on while it is sent."""
 
 
 @contextmanager
@@ -80,6 +86,8 @@ class States:
         """Who held it when this one began; without a right to write it still does."""
         self._sent: dict[str, Any] = {}
         self._there: set[str] = set()
+        self._known: dict[str, str] = {}
+        """Manifests of other frameworks' checkpoints: those have none of their own."""
 
     def take_over(self) -> None:
         """From now on nobody who began earlier changes what is there."""
@@ -88,15 +96,19 @@ class States:
         self._write({**index, "holder": self._me}, version)
 
     def send(self) -> None:
-        """Bring there what is sealed here and was not sent yet; the index last.
+        """Bring there what is whole here and was not sent yet; the index last.
 
         Raises:
             FmopsError: another machine has taken over.
         """
         try:
-            manifests = {path.name: (path / _manifest()).read_text("utf-8") for path in _sealed(self._work)}
+            manifests = {self._name(path): self._manifest_of(path, last) for path, last in _whole(self._work).items()}
             # After the checkpoints: what lies beside them is never older than they are.
-            files = {path.name: sha256(path) for path in sorted(self._work.glob("*")) if _small(path)}
+            beside = {path.name: path for path in sorted(self._work.glob("*")) if _small(path)}
+            files = {name: digest for name, digest in self._sent.get("files", {}).items() if name in GROWING}
+            if manifests != self._sent.get("checkpoints"):
+                beside |= self._snapshots()
+            files |= {name: sha256(path) for name, path in beside.items()}
             sent = {"checkpoints": manifests, "files": files}
             if not manifests or sent == self._sent:
                 return
@@ -107,7 +119,7 @@ class States:
                 for file, entry in json.loads(manifest)["files"].items():
                     self._upload(self._work / name / file, entry["sha256"])
             for name, digest in files.items():
-                self._upload(self._work / name, digest)
+                self._upload(beside.get(name, self._work / name), digest)
         except FileNotFoundError:
             # Training has removed an old one meanwhile: the next look finds what is there then.
             return
@@ -121,7 +133,7 @@ class States:
         if not manifests:
             return None
         newest = max(manifests, key=_step)
-        if any(_step(path.name) >= _step(newest) for path in _sealed(self._work)):
+        if any(_step(path.name) >= _step(newest) for path in _whole(self._work)):
             return None
         for name, digest in index["files"].items():
             self._bucket.download(f"{self._place}/{digest}", self._work / inside(name))
@@ -135,12 +147,51 @@ class States:
             self._there.add(digest)
 
     def _fetch(self, name: str, manifest: str) -> None:
-        folder = self._work / name
-        if (folder / _manifest()).is_file():
+        folder, ours = self._work / name, "/" not in name
+        if ours and (folder / _manifest()).is_file():
             return
         for file, entry in json.loads(manifest)["files"].items():
-            self._bucket.download(f"{self._place}/{entry['sha256']}", folder / inside(file))
-        (folder / _manifest()).write_text(manifest, "utf-8")
+            path = folder / inside(file)
+            self._bucket.download(f"{self._place}/{entry['sha256']}", path)
+            if not ours and sha256(path) != entry["sha256"]:
+                path.unlink()
+                raise IntegrityError(
+                    f"{name}/{file} is not what was sent to {self._place}. Remove {self._place}/{INDEX} there to begin "
+                    "anew, or run again."
+                )
+        if ours:
+            (folder / _manifest()).write_text(manifest, "utf-8")
+
+    def _name(self, checkpoint: Path) -> str:
+        return checkpoint.relative_to(self._work).as_posix()
+
+    def _manifest_of(self, checkpoint: Path, last: str) -> str:
+        """Its own, or one made here that ends with the file which makes it whole: it is fetched in this order."""
+        if last == _manifest():
+            return (checkpoint / last).read_text("utf-8")
+        name = self._name(checkpoint)
+        if name not in self._known:
+            paths = sorted(
+                (path for path in checkpoint.rglob("*") if path.is_file()),
+                key=lambda path: (path == checkpoint / last, path),
+            )
+            files = {
+                path.relative_to(checkpoint).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+                for path in paths
+            }
+            self._known[name] = json.dumps({"files": files})
+        return self._known[name]
+
+    def _snapshots(self) -> dict[str, Path]:
+        """Copies of what grows, up to the last whole line."""
+        found = {}
+        for name in GROWING:
+            if (self._work / name).is_file():
+                lines = (self._work / name).read_bytes()
+                found[name] = self._work / "upload" / Path(name).name
+                found[name].parent.mkdir(exist_ok=True)
+                found[name].write_bytes(lines[: lines.rfind(b"\n") + 1])
+        return found
 
     def _read(self) -> tuple[dict[str, Any], str | None]:
         """The index and its version."""
@@ -162,13 +213,18 @@ def _manifest() -> str:
     return MANIFEST
 
 
-def _sealed(work: Path) -> list[Path]:
-    found = [path.parent for path in work.glob(f"checkpoint-*/{_manifest()}")]
-    return sorted(found, key=lambda path: _step(path.name))
+def _whole(work: Path) -> dict[Path, str]:
+    """Checkpoints by step, with the file that makes each whole."""
+    found = [(path.parent, path.name) for path in work.glob(f"{OURS}/{_manifest()}")]
+    for pattern, last in OUTSIDE.items():
+        # The newest alone: a framework removes older ones when it likes, also while they are read.
+        theirs = sorted(work.glob(f"{pattern}/{last}"), key=lambda path: _step(path.parent.name))
+        found += [(path.parent, last) for path in theirs[-1:]]
+    return dict(sorted(found, key=lambda each: _step(each[0].name)))
 
 
 def _step(name: str) -> int:
-    return int(name.removeprefix("checkpoint-"))
+    return int(name.rpartition("-")[2])
 
 
 def _small(path: Path) -> bool:

@@ -12,16 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import local_s3
 import pytest
+from training_inputs import a_checkpoint, a_corpus, some_conversations
 from training_run import digests, train
 
-from fmops.errors import FmopsError
+from fmops.errors import FmopsError, Terminated
 from fmops.shared import Shared
+from fmops.stage import StageContext
 from fmops.states import States, mirrored
 
 PREFIX = "project"
@@ -210,3 +212,151 @@ def test_a_bucket_that_refuses_is_said_once_and_training_goes_on(s3, shared, tmp
         assert told.wait(30)
     assert len(said) == 1
     assert "resume states do not reach the store: cannot write" in said[0]
+
+
+def of_torchtitan(work: Path, step: int, *, whole: bool = True) -> Path:
+    """A checkpoint as it writes one: `.metadata` last."""
+    folder = work / "torchtitan" / "checkpoint" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(b"weights of %d" % step)
+    if whole:
+        (folder / ".metadata").write_bytes(b"which lie where")
+    return folder
+
+
+def of_llama_factory(work: Path, step: int, *, whole: bool = True) -> Path:
+    """A checkpoint as its trainer writes one: its own state last."""
+    folder = work / "llama-factory" / "made" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights of %d" % step)
+    if whole:
+        (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "last"), [(of_torchtitan, ".metadata"), (of_llama_factory, "trainer_state.json")], ids=["titan", "llama"]
+)
+def test_of_other_frameworks_the_newest_whole_state_is_sent_and_arrives_with_its_last_file_last(
+    write, last, s3, shared, tmp_path
+):
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    write(work, 2)
+    newest = write(work, 4)
+    write(work, 6, whole=False)
+    States(shared, KEY, work).send()
+    name = newest.relative_to(work).as_posix()
+    assert list(index(s3)["checkpoints"]) == [name]
+    assert States(shared, KEY, elsewhere).restore() == name
+    there = sorted((elsewhere / name).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.name for path in there][-1] == last
+    assert {path.name: path.read_bytes() for path in there} == {p.name: p.read_bytes() for p in newest.iterdir()}
+    # It has it now: another look fetches nothing, and a newer one here is kept.
+    assert States(shared, KEY, elsewhere).restore() is None
+    write(elsewhere, 5)
+    assert States(shared, KEY, elsewhere).restore() is None
+
+
+def test_the_curve_goes_with_the_state_to_its_last_whole_line_and_only_then(s3, shared, tmp_path):
+    work = tmp_path / "work"
+    of_torchtitan(work, 2)
+    curve = work / "torchtitan" / "curve.jsonl"
+    curve.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    states = States(shared, KEY, work)
+    states.send()
+    with curve.open("a") as lines:
+        lines.write('ep": 3}\n')
+    s3.requests.clear()
+    states.send()
+    assert s3.count("PUT", "work/") == 0
+    States(shared, KEY, tmp_path / "elsewhere").restore()
+    assert (tmp_path / "elsewhere/torchtitan/curve.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    of_torchtitan(work, 4)
+    states.send()
+    States(shared, KEY, tmp_path / "elsewhere").restore()
+    assert (tmp_path / "elsewhere/torchtitan/curve.jsonl").read_text().count("\n") == 3
+
+
+def test_what_arrives_damaged_of_another_framework_is_refused(s3, shared, tmp_path):
+    of_torchtitan(tmp_path / "work", 2)
+    States(shared, KEY, tmp_path / "work").send()
+    name = f"work/{PREFIX}/{KEY}/{hashlib.sha256(b'weights of 2').hexdigest()}"
+    s3.client.put_object(Bucket=local_s3.BUCKET, Key=name, Body=b"other")
+    with pytest.raises(FmopsError, match=r"step-2/__0_0.distcp is not what was sent .*states.json there to begin"):
+        States(shared, KEY, tmp_path / "elsewhere").restore()
+    assert not (tmp_path / "elsewhere/torchtitan/checkpoint/step-2/.metadata").exists()
+
+
+class Leave(io.StringIO):
+    """Tells this process to leave at a step once a state is in the bucket, as a machine that is taken away does."""
+
+    def __init__(self, s3: local_s3.LocalS3, step: int) -> None:
+        super().__init__()
+        self._s3, self._step = s3, step
+
+    def write(self, text: str) -> int:
+        if f'"step": {self._step}' in text and '"metrics"' in text:
+            deadline = time.monotonic() + 20
+            while "checkpoints" not in index(self._s3) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def elsewhere_the_same(run: Callable[..., Any], s3: local_s3.LocalS3, shared: Shared, tmp_path: Path, step: int) -> str:
+    """Train whole; lose the machine half-way and go on on another one: the same bytes. Returns what it went on from."""
+    run(tmp_path / "whole", StageContext(stream=io.StringIO()))
+    said: list[str] = []
+    lost, other = tmp_path / "lost", tmp_path / "other"
+    with (
+        pytest.raises(Terminated, match="Run again to go on"),
+        mirrored(shared, KEY, lost / ".work", report=said.append, every_s=0.05),
+    ):
+        run(lost, StageContext(stream=Leave(s3, step)))
+    shutil.rmtree(lost)
+    told = io.StringIO()
+    with mirrored(shared, KEY, other / ".work", report=said.append, every_s=0.05):
+        run(other, StageContext(stream=told))
+    [gone_on] = said
+    # It did not begin anew: the first step is not among those that it trained.
+    steps = [each["step"] for each in map(json.loads, told.getvalue().splitlines()) if each["event"] == "metrics"]
+    assert 1 not in steps
+    assert steps
+    assert digests(other) == digests(tmp_path / "whole")
+    return gone_on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "FMOPS_TORCHTITAN" not in os.environ, reason="FMOPS_TORCHTITAN names no torchrun: see pretraining/torchtitan"
+)
+def test_torchtitan_goes_on_on_another_machine_to_the_same_weights(tiny_model, s3, shared, tmp_path):
+    from fmops.lifecycle import Pretrain
+    from fmops.pretraining.pretrain import pretrain
+
+    settings = {"framework": "torchtitan", "tokens": 2300, "batch_tokens": 384, "learning_rate": 1e-3}
+    config = Pretrain.model_validate({**settings, "checkpoints": 3})
+    base, corpus = a_checkpoint(tmp_path / "base", tiny_model), a_corpus(tmp_path / "corpus", tiny_model)
+
+    def run(out: Path, context: StageContext) -> None:
+        pretrain(config, checkpoint=base, corpus=corpus, out=out, context=context)
+
+    assert "torchtitan/checkpoint/step-" in elsewhere_the_same(run, s3, shared, tmp_path, step=4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "FMOPS_LLAMAFACTORY" not in os.environ, reason="FMOPS_LLAMAFACTORY names no command: see finetuning/llama-factory"
+)
+def test_llama_factory_goes_on_on_another_machine_to_the_same_weights(tiny_model, s3, shared, tmp_path):
+    from fmops.finetuning.instruct import instruct
+    from fmops.lifecycle import Instruct
+
+    settings = {"framework": "llama-factory", "batch_tokens": 300, "block_tokens": 150, "learning_rate": 1e-3}
+    config = Instruct.model_validate({**settings, "epochs": 2, "checkpoints": 3, "adapter": "full"})
+    base, talk = a_checkpoint(tmp_path / "base", tiny_model), some_conversations(tmp_path / "talk")
+
+    def run(out: Path, context: StageContext) -> None:
+        instruct(config, checkpoint=base, conversations=talk, out=out, context=context)
+
+    assert "llama-factory/made/checkpoint-" in elsewhere_the_same(run, s3, shared, tmp_path, step=4)
