@@ -174,6 +174,12 @@ def test_a_gang_that_runs_short_of_a_node_is_found(monkeypatch):
         simulate(Cluster(nodes=8, **INSTANT), Policy(), [job(0, nodes=9)], hours=10, seed=0)
 
 
+def test_a_job_that_ends_before_its_work_is_done_is_found(monkeypatch):
+    monkeypatch.setattr(Simulation, "_duration", lambda self, job: 60.0)
+    with pytest.raises(RuntimeError, match=r"ended with 60\.0 s of its 3600\.0 s of work"):
+        simulate(Cluster(nodes=1, **INSTANT), Policy(), [job(0, nodes=1, hours=1)], hours=2, seed=0)
+
+
 def test_it_simulates_what_the_platform_configures():
     kueue = yaml.safe_load((PLATFORM / "apps/values/kueue.yaml").read_text())
     ready = yaml.safe_load(kueue["managerConfig"]["controllerManagerConfigYaml"])["waitForPodsReady"]
