@@ -27,7 +27,7 @@ data:
   corpora:
     docs: {source: "docs/*.txt"}
 curate: {block_tokens: 128, min_characters: 50, held_out: 0.2}
-pretrain: {tokens: 4096, learning_rate: 3e-3, batch_tokens: 512, evaluations: 1}
+pretrain: {tokens: 2048, learning_rate: 3e-3, batch_tokens: 512, evaluations: 1}
 runtime: {threads: 1, precision: float32}
 """
 
@@ -73,20 +73,24 @@ def server():
 
 def test_one_server_makes_what_processes_of_their_own_make(made, project, server):
     assert len(set(made[1])) == 1
-    forked = run(project, "pretrain", server)
+    (forked,) = [record for record in project.store.records() if record.node == "corpus"]
     project.store.quarantine(forked)
-    alone = run(project, "pretrain", None)
+    alone = run(project, "corpus", None)
     assert alone.digest == forked.digest
+    commands = [each.environment.pop("command") for each in (alone, forked)]
     assert alone.environment == forked.environment
+    assert [command.split("--spec")[0] for command in commands] == ["__main__.py stage corpus "] * 2
 
 
 def test_a_stage_of_another_environment_takes_another_server(project, server, monkeypatch):
     monkeypatch.setenv("FMOPS_FAULT", "commit-before-record:1")
+    for record in project.store.records():
+        project.store.quarantine(record)
     with pytest.raises(StageFailed, match=r"was killed \(SIGKILL\)"):
-        run(project, "pretrain", server)
+        run(project, "base", server)
     first = server._server.pid
     monkeypatch.delenv("FMOPS_FAULT")
-    assert run(project, "pretrain", server).stage == "pretrain"
+    assert run(project, "base", server).stage == "import"
     assert server._server.pid != first
 
 
@@ -129,5 +133,7 @@ def test_a_stage_ends_with_its_server_and_the_next_one_starts_another(project, s
 
 
 def test_what_a_stage_imports_in_vain_is_told_by_the_stage(project, server, monkeypatch):
-    monkeypatch.setitem(fork_server.IMPORTS, "pretrain", "fmops.adapters.no_such_module")
-    assert run(project, "pretrain", server).stage == "pretrain"
+    monkeypatch.setitem(fork_server.IMPORTS, "import", "fmops.adapters.no_such_module")
+    for record in project.store.records():
+        project.store.quarantine(record)
+    assert run(project, "base", server).stage == "import"
