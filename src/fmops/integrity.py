@@ -199,14 +199,31 @@ def _pickle_in_zip(file: IO[bytes], name: str, *, depth: int) -> str | None:
     return None
 
 
+def safetensors_header(file: IO[bytes]) -> tuple[dict[str, dict[str, Any]], int]:
+    """The tensors of a safetensors file that is open at its start, and where their bytes begin.
+
+    Each tensor has `dtype`, `shape` and `data_offsets`, counted from there (https://huggingface.co/docs/safetensors).
+
+    Raises:
+        ValueError: it is none.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= _SAFETENSORS_HEADER_LIMIT:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(file.read(length))
+    try:
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        for entry in tensors.values():
+            int(entry["data_offsets"][1])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"no header of tensors: {error!r}") from error
+    return tensors, 8 + length
+
+
 def _is_safetensors(file: IO[bytes], size: int) -> bool:
     file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if size < 10 or length > min(size - 8, _SAFETENSORS_HEADER_LIMIT):
-        return False
     try:
-        header = json.loads(file.read(length))
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, AttributeError, LookupError, TypeError):
+        tensors, start = safetensors_header(file)
+    except ValueError:
         return False
-    return 8 + length + max(ends, default=0) == size
+    return start + max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0) == size

@@ -10,7 +10,6 @@ the share of bits in which two codes differ is their angle over π (Charikar 200
 
 from __future__ import annotations
 
-import json
 from hashlib import shake_256
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fmops.errors import FmopsError
+from fmops.integrity import safetensors_header
 
 BITS = 256
 COMMON = 3
@@ -78,19 +78,17 @@ class PromptCodes:
 def _embeddings(folder: Path) -> tuple[Any, bool]:
     """The matrix of input embeddings, a row a token, mapped; and whether its numbers are the upper halves of floats.
 
-    The library reads no bfloat16 into NumPy, and other numbers only whole; so the header is read here
-    (https://huggingface.co/docs/safetensors).
+    The library reads no bfloat16 into NumPy, and other numbers only whole; so the file is mapped by its header.
     """
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name in sorted(header, key=len):
+            tensors, start = safetensors_header(file)
+        for name in sorted(tensors, key=len):
             if name.endswith(NAMES):
-                entry = header[name]
+                entry = tensors[name]
                 if entry["dtype"] not in DTYPES:
                     raise FmopsError(f"{path}: {name} is {entry['dtype']}, and {', '.join(DTYPES)} can be read")
-                at = 8 + length + entry["data_offsets"][0]
+                at = start + entry["data_offsets"][0]
                 table = np.memmap(path, DTYPES[entry["dtype"]], "r", at, tuple(entry["shape"]))
                 return table, entry["dtype"] == "BF16"
     raise FmopsError(f"{folder} holds no safetensors with {' or '.join(NAMES)}")

@@ -16,6 +16,7 @@ from typing import Any
 
 from fmops.artifacts import Checkpoint, Source, SourceFile
 from fmops.errors import FmopsError
+from fmops.integrity import safetensors_header
 from fmops.jobs import ImportJob
 from fmops.stage import StageContext
 
@@ -168,23 +169,21 @@ def _check_shards(files: dict[str, SourceFile]) -> None:
         raise FmopsError(f"{index.name} lists {', '.join(missing)}, which the source lacks. Name all shards.")
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header; also proves that the file is one, and whole."""
-    with path.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(size) if 0 < size < 100_000_000 else b""
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """A safetensors file's tensors; also proves that the file is one, and whole."""
     try:
-        header: dict[str, Any] = json.loads(raw)
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with path.open("rb") as stream:
+            tensors, start = safetensors_header(stream)
+        end = start + max(entry["data_offsets"][1] for entry in tensors.values())
+    except (ValueError, TypeError) as error:
         raise FmopsError(f"{path.name} is not in the safetensors format, whatever its name says.") from error
-    if path.stat().st_size != 8 + size + end:
-        raise FmopsError(f"{path.name} has {path.stat().st_size} bytes instead of {8 + size + end}: fetch it again.")
-    return header
+    if path.stat().st_size != end:
+        raise FmopsError(f"{path.name} has {path.stat().st_size} bytes instead of {end}: fetch it again.")
+    return tensors
 
 
 def _parameters(path: Path) -> int:
-    return sum(math.prod(entry["shape"]) for name, entry in _header(path).items() if name != "__metadata__")
+    return sum(math.prod(entry["shape"]) for entry in _header(path).values())
 
 
 def _licence(source: Source) -> str | None:
