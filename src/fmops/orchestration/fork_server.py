@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import IO, Self
 
 from fmops.orchestration.execute import PARENT, die_with_parent
+from fmops.orchestration.watchdog import children
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 """Held back from the server while a stage lives: they reach a whole group, and the stage must have its time to end."""
@@ -53,9 +53,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         """To the stage; to the server while that still imports."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
         with suppress(OSError):
-            for pid in list(map(int, children.read_text().split())) or [self.pid]:
+            for pid in list(children(self.pid)) or [self.pid]:
                 os.kill(pid, number)
 
     def kill(self) -> None:

@@ -107,12 +107,21 @@ def cpu_seconds(pid: int) -> float:
             # After the command in parentheses, which may hold spaces: state, then utime and stime at 12 and 13.
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
             total += (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-            for task in Path(f"/proc/{one}/task").iterdir():
-                todo += map(int, (task / "children").read_text().split())
+            todo += children(one)
         except (OSError, IndexError):
             # It ended between two looks, or this system has no /proc.
             continue
     return total
+
+
+def children(pid: int) -> Iterator[int]:
+    """Processes that a process has started and that live.
+
+    Raises:
+        OSError: it ended, or this system has no /proc.
+    """
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        yield from map(int, (task / "children").read_text().split())
 
 
 def memory_kills() -> int:
