@@ -1,6 +1,6 @@
 """Simulated production: traces whose truth is known.
 
-Enters: rates by arm, shares, a seed. Leaves: traces as the gateway writes them.
+Enters: rates by arm, shares, a seed. Leaves: traces as the gateway writes them, in a workspace where one is named.
 Refuses: nothing. It imitates the gateway's columns, not language.
 """
 
@@ -10,8 +10,9 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from fmops.traces import Trace
+from fmops.traces import TRACES, DayLog, Trace
 
 RATES = {
     "failed": 0.003, "empty": 0.003, "truncated": 0.08, "repeated": 0.01, "refused": 0.04, "wrong_language": 0.005,
@@ -96,3 +97,11 @@ class Production:
         if topic in self.questions:
             return self._chance.choice(self.questions[topic])
         return " ".join(self._chance.choices(TOPICS[topic].split(), k=self._chance.randint(4, 12)))
+
+
+def write_traces(workspace: Path, production: Production, requests: int, **shares: float) -> None:
+    """Serve, and leave the traces where the gateway of a workspace does; `shares` are those of `Production.serve`."""
+    log = DayLog(workspace / TRACES, Trace)
+    for trace in production.serve(requests, **shares):
+        log.append(trace, at_s=trace.started_s)
+    log.close()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 from scipy.stats import chisquare, kstest
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +15,7 @@ from fmops.adapters.lm_eval_sampling import Sampling, answer_key, noise
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError
 from fmops.evaluation.journal import Journal
-from tests.invariant.test_scorer_equality import text
+from tests.invariant.test_scorer_equality import run_harness_task, text, write_harness_task
 
 SAMPLED = {"until": [], "max_gen_toks": 16, "do_sample": True, "temperature": 0.9}
 
@@ -212,25 +209,24 @@ def test_settings_that_are_not_understood_are_refused(ours, changed, told):
 def test_repeats_of_a_harness_task_are_voted_on_by_its_filters(ours, tmp_path):
     rng = random.Random(9)
     rows = [{"q": text(rng, 8), "gold": " the"} for _ in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "votes.yaml").write_text(f"""
-task: votes
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}, cache_dir: {tmp_path}/cache}}
-test_split: test
+    write_harness_task(
+        tmp_path,
+        "votes",
+        rows,
+        """
 num_fewshot: 0
 output_type: generate_until
-doc_to_text: "{{{{q}}}}"
+doc_to_text: "{{q}}"
 doc_to_target: gold
-generation_kwargs: {{until: ["Q:"], do_sample: true, temperature: 0.3, top_k: 4, max_gen_toks: 1}}
+generation_kwargs: {until: ["Q:"], do_sample: true, temperature: 0.3, top_k: 4, max_gen_toks: 1}
 repeats: 9
 filter_list:
-  - {{name: first, filter: [{{function: take_first}}]}}
-  - {{name: maj, filter: [{{function: majority_vote}}, {{function: take_first}}]}}
-metric_list: [{{metric: exact_match}}]
-""")
-    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = simple_evaluate(ours, tasks=["votes"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
+  - {name: first, filter: [{function: take_first}]}
+  - {name: maj, filter: [{function: majority_vote}, {function: take_first}]}
+metric_list: [{metric: exact_match}]
+""",
+    )
+    found = run_harness_task(ours, tmp_path, "votes")
     samples = found["samples"]["votes"]
     assert {key for key in found["results"]["votes"] if key.startswith("exact_match,")} == {
         "exact_match,first", "exact_match,maj",

@@ -297,27 +297,43 @@ def test_scores_are_bit_equal_from_run_to_run(ours):
     assert torch.get_num_threads() == 1
 
 
+def write_harness_task(folder: Path, name: str, rows: list[dict], rest: str) -> None:
+    """A task file of lm-evaluation-harness over rows beside it."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(f"""
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+{rest}""")
+
+
+def run_harness_task(lm, folder: Path, name: str) -> dict:
+    """What the harness itself finds with its own tasks left out."""
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    return simple_evaluate(lm, tasks=[name], task_manager=tasks, bootstrap_iters=0, log_samples=True)
+
+
 def test_a_task_file_of_the_harness_runs_unchanged(ours, theirs, tmp_path):
     rng = random.Random(16)
     rows = [{"q": text(rng, 8), "options": [text(rng, 2), text(rng, 3)], "gold": n % 2} for n in range(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "quiz.yaml").write_text(f"""
-task: own_quiz
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}, cache_dir: {tmp_path}/cache}}
-test_split: test
+    write_harness_task(
+        tmp_path,
+        "own_quiz",
+        rows,
+        """
 fewshot_split: test
 num_fewshot: 2
 output_type: multiple_choice
-doc_to_text: "Q: {{{{q}}}}\\nA:"
-doc_to_choice: "{{{{options}}}}"
+doc_to_text: "Q: {{q}}\\nA:"
+doc_to_choice: "{{options}}"
 doc_to_target: gold
-metric_list: [{{metric: acc}}]
-""")
+metric_list: [{metric: acc}]
+""",
+    )
     scores = []
     for lm in (ours, theirs):
-        tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
-        found = simple_evaluate(lm, tasks=["own_quiz"], task_manager=tasks, bootstrap_iters=0, log_samples=True)
+        found = run_harness_task(lm, tmp_path, "own_quiz")
         scores.append([sample["acc"] for sample in found["samples"]["own_quiz"]])
     assert scores[0] == scores[1]
     assert len(scores[0]) == 12

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.simulated import Production
+from benchmarks.simulated import Production, write_traces
 from fmops.adapters.prompt_codes import BITS, PromptCodes
 from fmops.artifacts import Parity, Release
 from fmops.deployment.monitoring.meaning import strangeness
@@ -26,7 +26,6 @@ from fmops.deployment.monitoring.watch import MOST, Watch, watch
 from fmops.errors import FmopsError
 from fmops.lifecycle import Monitor
 from fmops.store import Record, Store, content_digest, file_entries, utc_now
-from fmops.traces import DayLog, Trace
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = Monitor(reference=400)
@@ -209,13 +208,6 @@ def store(tmp_path, tiny_model):
     return store
 
 
-def write(store: Store, talk: Production, count: int) -> None:
-    log = DayLog(store.root / "traces", Trace)
-    for trace in talk.serve(count):
-        log.append(trace, at_s=trace.started_s)
-    log.close()
-
-
 def talk_of(store: Store) -> Production:
     return Production(
         seed=4, champion=store.aliases()["champion"], topics=USUAL, questions=QUESTIONS, log_probability=-1.0
@@ -225,12 +217,12 @@ def talk_of(store: Store) -> Production:
 def test_a_look_codes_the_prompts_and_a_new_subject_is_new_topics(store):
     talk = talk_of(store)
     watcher = Watcher(store, POLICY, clock=lambda: talk.now_s)
-    write(store, talk, 600)
+    write_traces(store.root, talk, 600)
     report = watcher.look()
     assert report.meaning_error is None
     assert "meaning" in report.pictures
     talk.topics = {"dishes": 1.0}
-    write(store, talk, 300)
+    write_traces(store.root, talk, 300)
     # Another process, as after a restart, knows the same prompts.
     report = Watcher(store, POLICY, clock=lambda: talk.now_s).look()
     assert "meaning" in {alarm.signal for alarm in report.alarms}
@@ -242,7 +234,7 @@ def test_without_the_release_s_files_everything_else_is_watched_and_the_report_s
     talk = talk_of(store)
     shutil.rmtree(store.folder("release", "c" * 64) / "model")
     watcher = Watcher(store, POLICY, clock=lambda: talk.now_s)
-    write(store, talk, 600)
+    write_traces(store.root, talk, 600)
     report = watcher.look()
     assert {"topic", "words"} <= set(report.pictures)
     assert "meaning" not in report.pictures
@@ -250,21 +242,23 @@ def test_without_the_release_s_files_everything_else_is_watched_and_the_report_s
     assert "has no tokenizer.json" in report.meaning_error
 
 
-def before_meanings(path: Path) -> None:
-    """A state as it was written before meanings were watched."""
+def looked_before_meanings(store: Store, answers: int) -> tuple[Production, Watcher]:
+    """So many answers were looked at, and the state is as it was written before meanings were watched."""
+    talk = talk_of(store)
+    watcher = Watcher(store, POLICY, clock=lambda: talk.now_s)
+    write_traces(store.root, talk, answers)
+    watcher.look()
+    path = store.root / "monitor.json"
     state = json.loads(path.read_text())
     del state["meaning_error"], state["watch"]["known_codes"], state["watch"]["measures"]["meaning"]
     path.write_text(json.dumps(state))
+    return talk, watcher
 
 
 def test_a_state_from_before_goes_on_and_is_silent_about_meaning_until_the_next_release(store):
-    talk = talk_of(store)
-    watcher = Watcher(store, POLICY, clock=lambda: talk.now_s)
-    write(store, talk, 600)
-    watcher.look()
-    before_meanings(store.root / "monitor.json")
+    talk, watcher = looked_before_meanings(store, 600)
     talk.topics = {"dishes": 1.0}
-    write(store, talk, 300)
+    write_traces(store.root, talk, 300)
     report = watcher.look()
     assert report.answers == 900
     assert "topic" in report.pictures
@@ -273,12 +267,8 @@ def test_a_state_from_before_goes_on_and_is_silent_about_meaning_until_the_next_
 
 
 def test_a_state_from_before_whose_reference_is_not_complete_remembers_the_rest_of_it(store):
-    talk = talk_of(store)
-    watcher = Watcher(store, POLICY, clock=lambda: talk.now_s)
-    write(store, talk, 300)
-    watcher.look()
-    before_meanings(store.root / "monitor.json")
-    write(store, talk, 300)
+    talk, watcher = looked_before_meanings(store, 300)
+    write_traces(store.root, talk, 300)
     report = watcher.look()
     assert report.meaning_error is None
     assert "meaning" in report.pictures
@@ -298,10 +288,10 @@ Watcher(Store(Path(sys.argv[1])), Monitor(reference=400), clock=lambda: 1.8e9).l
 def test_killed_inside_a_look_the_same_prompts_are_known(store, site):
     talk = talk_of(store)
     watcher, path = Watcher(store, POLICY, clock=lambda: 1.8e9), store.root / "monitor.json"
-    write(store, talk, 300)
+    write_traces(store.root, talk, 300)
     watcher.look()
     begun = path.read_bytes()
-    write(store, talk, 300)
+    write_traces(store.root, talk, 300)
     watcher.look()
     whole = watcher.read()
     path.write_bytes(begun)

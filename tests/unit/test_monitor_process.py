@@ -13,12 +13,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from benchmarks.simulated import RATES, Production
+from benchmarks.simulated import RATES, Production, write_traces
 from fmops.deployment.monitoring import process
 from fmops.errors import FmopsError
 from fmops.lifecycle import Monitor
 from fmops.store import Store
-from fmops.traces import DayLog, Trace
 
 POLICY = Monitor(reference=200, observations_per_false_alarm=1000)
 
@@ -28,13 +27,6 @@ def store(tmp_path):
     store = Store(tmp_path / ".fmops")
     store.move_aliases({"champion": "release-champion"}, expected={"champion": None}, why="test")
     return store
-
-
-def write(store: Store, production: Production, count: int) -> None:
-    log = DayLog(store.root / "traces", Trace)
-    for trace in production.serve(count):
-        log.append(trace, at_s=trace.started_s)
-    log.close()
 
 
 def get(url: str) -> tuple[int, str]:
@@ -48,13 +40,13 @@ def get(url: str) -> tuple[int, str]:
 def test_it_says_what_changes_and_only_that(store):
     now, said = [0.0], []
     production = Production(seed=1, now_s=time.time() - 1000)
-    write(store, production, 300)
+    write_traces(store.root, production, 300)
     looks = process.Looks(store, POLICY, say=said.append, clock=lambda: now[0])
     looks.look()
     looks.look()
     assert said == ["release-champion: no alarm"]
     production.rates = {**RATES, "empty": 0.6}
-    write(store, production, 100)
+    write_traces(store.root, production, 100)
     looks.look()
     assert len(said) == 1  # answers are looked at once a minute
     now[0] = 61.0
@@ -76,7 +68,7 @@ def test_a_mistake_is_said_and_the_next_look_goes_on(tmp_path):
 
 
 def test_health_and_metrics_for_this_machine(store):
-    write(store, Production(seed=2), 10)
+    write_traces(store.root, Production(seed=2), 10)
     process.Looks(store, POLICY, say=lambda text: None).look()
     ages = [0.0]
     with process.served(store, lambda: ages[0], 0) as url:

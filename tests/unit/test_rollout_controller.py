@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.simulated import Production
+from benchmarks.simulated import Production, write_traces
 from fmops.artifacts import Parity, Release
 from fmops.deployment.parity import CHAT_PROBES
 from fmops.deployment.rollout.controller import Controller
@@ -104,10 +104,8 @@ def serve(store: Store, clock: Clock, requests: int, **options) -> None:
         now_s=clock.now,
         **options,
     )
-    log = DayLog(store.root / "traces", Trace)
-    for trace in production.serve(requests, canary=routes(store).canary_share, shadow=routes(store).shadow_share):
-        log.append(trace, at_s=trace.started_s)
-    log.close()
+    shares = routes(store)
+    write_traces(store.root, production, requests, canary=shares.canary_share, shadow=shares.shadow_share)
     clock.now = production.now_s
 
 
