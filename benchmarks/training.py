@@ -5,7 +5,8 @@ Refuses: to compare unequal work: every arm of a ratio reads the same samples in
 
 Every arm runs in a fork of its own, in turn (A B A B …), so that its peak memory is its own and noise falls on all
 alike. Figures are CPU seconds of making the trainer and training, so the reference pass of DPO is in them. Peers keep
-their defaults but for bfloat16 and gradient checkpointing, which are off for every arm. LLaMA-Factory wants other
+their defaults but for gradient checkpointing, which is off for every arm, and the precision, which is one for all:
+float32 or, on processors that multiply in it, bfloat16. Arms named `shipped` keep both. LLaMA-Factory wants other
 versions of our libraries: LLAMAFACTORY_PYTHON names an interpreter that has it, without which its arm is absent.
 
     python -m benchmarks.training --quick
@@ -31,7 +32,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.llamafactory_arm import ARM, PEER_PYTHON, measure
 from benchmarks.training_arms import ARMS, run_arm, set_up, sft_work
@@ -50,6 +51,8 @@ RATIOS = {
     "bfloat16_vs_float32": ("sft_bfloat16", "sft"),
 }
 """Name → (ours, peer); the ratio is the peer's CPU seconds over ours."""
+OF_FLOAT32 = {"sft_vs_trl_shipped", "dpo_vs_trl_shipped", "sft_vs_llamafactory", "bfloat16_vs_float32"}
+"""Ratios whose arms take no precision from the command line."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
@@ -60,7 +63,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--ratios", nargs="+", choices=RATIOS, default=list(RATIOS))
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of every arm")
+    parser.add_argument("--ratios", nargs="+", choices=RATIOS, help="all of the precision by default")
     parser.add_argument("--quick", action="store_true", help="small shape, one thread, one pair, two steps")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--profile", choices=ARMS, help="where one arm's time goes, instead of the table")
@@ -82,17 +86,25 @@ def main() -> None:
             table: dict[str, Any] = {}
             for run in _alternate(given, shape, threads):
                 # After every arm: a run that is stopped keeps what it has measured.
-                table = _add(target, run, shape=shape.name if shape else "small", threads=threads)
+                table = _add(target, run, _Table(shape.name if shape else "small", threads, given.precision))
             print(_render(table), flush=True)
     print(target)
 
 
-def _add(target: Path, run: dict[str, Any], *, shape: str, threads: int) -> dict[str, Any]:
+class _Table(NamedTuple):
+    """What the runs of one table have in common."""
+
+    shape: str
+    threads: int
+    precision: str
+
+
+def _add(target: Path, run: dict[str, Any], which: _Table) -> dict[str, Any]:
     """Add one arm's run to the file; returns its table, figured anew over all runs of the day."""
     held = json.loads(target.read_text())["tables"] if target.is_file() else []
-    tables = {(table["shape"], table["threads"]): table for table in held}
-    runs = tables.get((shape, threads), {"runs": []})["runs"] + [run]
-    tables[shape, threads] = {"shape": shape, "threads": threads, **_figures(runs), "runs": runs}
+    tables = {_Table(*(table[key] for key in _Table._fields)): table for table in held}
+    runs = tables.get(which, {"runs": []})["runs"] + [run]
+    tables[which] = {**which._asdict(), **_figures(runs), "runs": runs}
     least: dict[str, float] = {}
     for table in tables.values():
         for name, ratio in table["ratios"].items():
@@ -104,12 +116,13 @@ def _add(target: Path, run: dict[str, Any], *, shape: str, threads: int) -> dict
         "tables": [*tables.values()],
     }
     target.write_text(json.dumps(found, indent=1) + "\n")
-    return tables[shape, threads]
+    return tables[which]
 
 
 def _alternate(given: argparse.Namespace, shape: Path | None, threads: int) -> Iterator[dict[str, Any]]:
     """Every arm once a round, in turn."""
-    arms = list(dict.fromkeys(arm for name in given.ratios for arm in RATIOS[name]))
+    ratios = given.ratios or [name for name in RATIOS if given.precision == "float32" or name not in OF_FLOAT32]
+    arms = list(dict.fromkeys(arm for name in ratios for arm in RATIOS[name]))
     absent = [arm for arm in arms if arm == ARM and PEER_PYTHON not in os.environ]
     for arm in absent:
         print(f"{arm}: absent; {PEER_PYTHON} names no interpreter that has LLaMA-Factory")
@@ -118,16 +131,16 @@ def _alternate(given: argparse.Namespace, shape: Path | None, threads: int) -> I
         for arm in arms:
             if arm in absent:
                 continue
-            measured = _forked(arm, shape, steps=given.steps, threads=threads)
+            measured = _forked(arm, shape, given=given, threads=threads)
             yield {"arm": arm, "pair": pair, "load": os.getloadavg()[0], **measured}
 
 
-def _forked(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[str, Any]:
+def _forked(arm: str, model: Path | None, *, given: argparse.Namespace, threads: int) -> dict[str, Any]:
     """One arm in a fork, so that libraries are imported once and its peak memory is its own."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(
-        target=lambda: send.send(_one(arm, model, steps=steps, threads=threads)),
+        target=lambda: send.send(_one(arm, model, given=given, threads=threads)),
     )
     process.start()
     send.close()
@@ -139,15 +152,15 @@ def _forked(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[s
     return found
 
 
-def _one(arm: str, model: Path | None, *, steps: int, threads: int) -> dict[str, Any]:
+def _one(arm: str, model: Path | None, *, given: argparse.Namespace, threads: int) -> dict[str, Any]:
     """One arm, in this process."""
     import torch
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        setting = set_up(model, steps=steps, work=Path(folder))
+        setting = set_up(model, steps=given.steps, work=Path(folder), bf16=given.precision == "bfloat16")
         if arm == ARM:
-            job = {"model": str(setting.folder), "samples": setting.samples(), "steps": steps}
+            job = {"model": str(setting.folder), "samples": setting.samples(), "steps": given.steps}
             measured = measure(job, work=Path(folder), threads=threads) | sft_work(setting)
         else:
             measured = run_arm(arm, setting)
@@ -230,7 +243,7 @@ def _figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _render(table: dict[str, Any]) -> str:
-    lines = [f"\n{table['shape']}, {table['threads']} thread(s), load {os.getloadavg()[0]:.1f}"]
+    lines = [f"\n{table['shape']}, {table['precision']}, {table['threads']} thread(s), load {os.getloadavg()[0]:.1f}"]
     lines.append(
         f"{'arm':22}{'per CPU s (range)':>30}{'unit':>14}{'wall s':>9}{'peak GB':>9}{'MFU':>7}{'last loss':>11}"
     )

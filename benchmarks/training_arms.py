@@ -35,15 +35,13 @@ class Setting:
     work: Path
     steps: int
     vocabulary: int
+    bf16: bool
+    """Whether every arm multiplies in bfloat16, but for those that are named after what they multiply in."""
 
     @property
     def large(self) -> bool:
-        """A real model: a step reads half as much, or the peers would take the day."""
+        """A real model: a step reads half as many pairs and blocks, or the peers would need more memory and a day."""
         return self.vocabulary > 10_000
-
-    @property
-    def samples_a_step(self) -> int:
-        return SAMPLES_A_STEP // 2 if self.large else SAMPLES_A_STEP
 
     @property
     def pairs_a_step(self) -> int:
@@ -63,7 +61,7 @@ class Setting:
 
     def samples(self) -> list[tuple[list[int], int]]:
         """Token ids, and how many of them are the prompt's: half."""
-        sizes = self.lengths(self.steps * self.samples_a_step, mean=MEAN, seed=0)
+        sizes = self.lengths(self.steps * SAMPLES_A_STEP, mean=MEAN, seed=0)
         return [(self.tokens(size, seed=index), size // 2) for index, size in enumerate(sizes)]
 
     def pairs(self) -> list[dict[str, list[int]]]:
@@ -92,7 +90,7 @@ class Setting:
         return found
 
 
-def set_up(model: Path | None, *, steps: int, work: Path) -> Setting:
+def set_up(model: Path | None, *, steps: int, work: Path, bf16: bool = False) -> Setting:
     """What the arms are given; `model` None is the small shape."""
     from transformers import AutoConfig
 
@@ -100,7 +98,7 @@ def set_up(model: Path | None, *, steps: int, work: Path) -> Setting:
 
     quiet()
     folder = model or _small_shape(work / "small")
-    return Setting(folder, work / "run", steps, AutoConfig.from_pretrained(folder).vocab_size)
+    return Setting(folder, work / "run", steps, AutoConfig.from_pretrained(folder).vocab_size, bf16)
 
 
 def run_arm(name: str, setting: Setting) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def _arguments(setting: Setting, *, batch: int, accumulate: int = 1, **more: Any
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        "bf16": False,
+        "bf16": setting.bf16,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
         "seed": 0,
@@ -180,8 +178,8 @@ def _taken_here() -> bool:
     return bfloat16_gain() >= PRECISION_GAIN
 
 
-def _sft(adapter: str, *, bf16: bool | None = False) -> Callable[[Setting], Any]:
-    """Instruction tuning as `fmops.adapters.trl_sft` sets it up; without `bf16`, in the precision measured here."""
+def _sft(adapter: str, **arithmetic: Callable[[], bool]) -> Callable[[Setting], Any]:
+    """Instruction tuning as `fmops.adapters.trl_sft` sets it up."""
 
     def make(setting: Setting) -> Any:
         from datasets import Dataset
@@ -207,7 +205,7 @@ def _sft(adapter: str, *, bf16: bool | None = False) -> Callable[[Setting], Any]
             model=model,
             args=SFTConfig(
                 **_arguments(setting, batch=1, accumulate=math.ceil(len(blocks) / setting.steps))
-                | {"bf16": _taken_here() if bf16 is None else bf16},
+                | {name: say() for name, say in arithmetic.items()},
                 dataset_kwargs={"skip_prepare_dataset": True},
                 max_length=None,
                 remove_unused_columns=False,
@@ -242,7 +240,7 @@ def _sft_trl(*, packing: bool, shipped: bool = False) -> Callable[[Setting], Any
             "input_ids": [ids for ids, _ in samples],
             "labels": [[-100] * prompt + ids[prompt:] for ids, prompt in samples],
         }
-        batch, accumulate = 8, setting.samples_a_step // 8
+        batch, accumulate = 8, SAMPLES_A_STEP // 8
         if packing:
             packed = math.ceil(sum(len(ids) for ids, _ in samples) / BLOCK)
             batch, accumulate = math.ceil(packed / setting.steps), 1
@@ -382,8 +380,8 @@ ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting], dict[str, An
     "sft": (_sft("full"), sft_work),
     "sft_lora": (_sft("lora"), sft_work),
     "sft_lora_peft": (_sft("peft"), sft_work),
-    "sft_bfloat16": (_sft("full", bf16=True), sft_work),
-    "sft_shipped": (_sft("full", bf16=None), sft_work),
+    "sft_bfloat16": (_sft("full", bf16=lambda: True), sft_work),
+    "sft_shipped": (_sft("full", bf16=_taken_here), sft_work),
     "sft_trl_shipped": (_sft_trl(packing=False, shipped=True), sft_work),
     "sft_trl_padded": (_sft_trl(packing=False), sft_work),
     "sft_trl_packed": (_sft_trl(packing=True), sft_work),

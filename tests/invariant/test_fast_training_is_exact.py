@@ -70,7 +70,7 @@ def test_the_loss_is_the_same_however_many_logits_are_held(monkeypatch):
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum") / 3
     slopes = torch.autograd.grad(wanted, (hidden, weight))
     for held in (1, 2**24):
-        monkeypatch.setattr(linear_loss, "CHUNK_ELEMENTS", held)
+        monkeypatch.setattr(linear_loss, "CHUNK_BYTES", held)
         monkeypatch.setattr(linear_loss, "CACHED_ELEMENTS", 7 * held)
         found = linear_loss.total_nats(hidden, weight, labels) / 3
         assert abs(float((found - wanted).detach())) < 1e-4

@@ -19,12 +19,16 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from transformers.modeling_outputs import CausalLMOutput
 
+from fmops.adapters.learnt_rows import finish_learnt_rows, learnt_only
+
 IGNORED = -100
-CHUNK_ELEMENTS = 2**24
-"""Logits held at a time: 64 MB in float32; fewer rows would starve the matrix multiplication."""
+CHUNK_BYTES = 2**26
+"""Logits held at a time: fewer rows would starve the matrix multiplication."""
 LONGEST_CHUNK = 1024
-CACHED_ELEMENTS = 2**20
+CACHED_ELEMENTS = 2**18
 """Logits turned into slopes at a time: few enough to stay in the processor's cache, and in memory already touched."""
+CACHED_WORDS = 4096
+"""Rows of the head's weight whose bfloat16 gradient is added up at a time."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -38,8 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, matrix = hidden.to(dtype), weight.to(dtype)
         nats = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(rows) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        size = min(len(rows), max(64, min(LONGEST_CHUNK, CHUNK_ELEMENTS // len(weight))))
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
+        size = min(len(rows), max(64, min(LONGEST_CHUNK, CHUNK_BYTES // (dtype.itemsize * len(weight)))))
         buffer = rows.new_empty(size, len(weight))
         with torch.autocast(device, enabled=False):
             for start in range(0, len(rows), size):
@@ -48,10 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 nats[part] = _slopes_in_place(logits, labels[part, None])
                 if grad_hidden is not None:
                     torch.mm(logits, matrix, out=grad_hidden[part])
-                if grad_weight is not None and dtype == torch.float32:
-                    grad_weight.addmm_(logits.T, rows[part])
-                elif grad_weight is not None:
-                    grad_weight += logits.T @ rows[part]
+                if grad_weight is not None:
+                    _add_outer(grad_weight, logits, rows[part], first=start == 0)
         ctx.gradients = grad_hidden, grad_weight
         ctx.dtypes = hidden.dtype, weight.dtype
         return nats
@@ -59,12 +61,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *weights: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         (each,) = weights  # [rows]
-        grad_hidden, grad_weight = ctx.gradients
+        if ctx.gradients is None:
+            raise RuntimeError("this loss keeps its gradients for one backward pass; compute the loss again")
+        # They are scaled where they lie, so they are there once.
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.to(ctx.dtypes[0]) * each[:, None]
+            grad_hidden = grad_hidden.to(ctx.dtypes[0]).mul_(each[:, None])
         if grad_weight is not None:
-            grad_weight = (grad_weight * each[0]).to(ctx.dtypes[1])
+            grad_weight = grad_weight.mul_(each[0]).to(ctx.dtypes[1])
         return grad_hidden, grad_weight, None
+
+
+def _add_outer(total: torch.Tensor, slopes: torch.Tensor, rows: torch.Tensor, *, first: bool) -> None:
+    """Add `slopes`ᵀ · `rows` to the float32 `total`, or make it that where it is the `first` part.
+
+    Shapes: total (vocabulary, hidden size), slopes (rows, vocabulary), rows (rows, hidden size).
+    """
+    if slopes.dtype == torch.float32:
+        torch.addmm(total, slopes.T, rows, beta=0 if first else 1, out=total)
+        return
+    for start in range(0, len(total), CACHED_WORDS):
+        part = slice(start, start + CACHED_WORDS)
+        product = slopes[:, part].T @ rows
+        if first:
+            total[part] = product
+        else:
+            total[part] += product
 
 
 def _slopes_in_place(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -114,6 +136,7 @@ def learn_without_logits(model: Any, *, note: Callable[[str], None]) -> bool:
         note(f"{type(model).__name__} has more than a matrix as its head: training computes its logits, slower")
         return False
     plain = model.forward
+    finish_learnt_rows(model)
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -125,9 +148,11 @@ def learn_without_logits(model: Any, *, note: Callable[[str], None]) -> bool:
     ) -> Any:
         if labels is None:
             return plain(*args, **kwargs)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state
         following = labels[:, 1:] if shift_labels is None else shift_labels
-        hidden = hidden[:, : following.shape[1]]
+        if len(labels) == 1:
+            places = (following[0] != IGNORED).nonzero()[:, 0]
+            kwargs |= learnt_only(model, places, tokens=labels.shape[1])
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, : following.shape[1]]
         nats = total_nats(hidden.flatten(0, 1), model.get_output_embeddings().weight, following.flatten())
         counted = (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=nats / torch.as_tensor(counted, device=nats.device).clamp(min=1))

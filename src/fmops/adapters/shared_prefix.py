@@ -19,6 +19,7 @@ import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
 from fmops.adapters.document_attention import ATTENTION, Document
+from fmops.adapters.learnt_rows import finish_learnt_rows, learnt_only
 from fmops.adapters.linear_loss import IGNORED, has_plain_head, token_nats
 
 
@@ -86,6 +87,7 @@ def share_prefixes(model: Any, *, note: Callable[[str], None]) -> bool:
         note(f"{type(model).__name__} is not plain enough to share prompts: each answer reads its own, slower")
         return False
     trl_forward = model.forward
+    finish_learnt_rows(model)
 
     @functools.wraps(type(model).forward)
     def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -100,7 +102,11 @@ def share_prefixes(model: Any, *, note: Callable[[str], None]) -> bool:
 def _score(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> FusedCausalLMOutput:
     batch = share(input_ids, mask.sum(dim=1).tolist(), labels)
     hidden = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents, use_cache=False
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        documents=batch.documents,
+        use_cache=False,
+        **learnt_only(model, batch.places.unique(), tokens=batch.input_ids.shape[1]),
     ).last_hidden_state[0]
     wanted = labels[batch.rows, batch.columns + 1]
     nats = token_nats(hidden.index_select(0, batch.places), model.get_output_embeddings().weight, wanted)
