@@ -57,6 +57,7 @@ class ExampleJob(Frozen):
     """How conversations and preferences are cleaned. The source arrives as the input `source`."""
 
     redact: bool = True
+    unreadable: Literal["skip", "stop"] = "skip"
     held_out: float = 0.1
     max_tokens: int = 1024
     """Longer examples are dropped and counted."""

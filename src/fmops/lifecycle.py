@@ -88,6 +88,10 @@ class Curate(Frozen):
     quality: bool = Field(True, description="Drop documents that are mostly symbols, numbers or repeated lines.")
     near_duplicate: Share = Field(0.8, description="Estimated Jaccard similarity from which a document is a duplicate.")
     redact: bool = Field(True, description="Replace personal data and secrets before anything is written.")
+    unreadable: Literal["skip", "stop"] = Field(
+        "skip",
+        description="Rows and files that cannot be read: left out and counted, or an error that names the first.",
+    )
     held_out: Share = Field(0.1, description="Share of documents kept from training, up to 200 documents a domain.")
     held_out_examples: Share | None = Field(
         None, description="The same of conversations and preferences. Left out: `held_out`."

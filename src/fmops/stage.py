@@ -72,7 +72,7 @@ STAGES: dict[str, Stage] = {
 class StageContext:
     """What a stage may know beside its inputs: seed, threads, processes, precision, and where to report.
 
-    Reports are JSON lines: {"event": "progress"|"metrics"|"note", …}. The parent draws progress bars and logs metrics
+    Reports are JSON lines: {"event": "progress"|"metrics"|"note"|…}. The parent draws progress bars and logs metrics
     to the tracker from them; a stage run by hand prints them.
     """
 
@@ -114,6 +114,10 @@ class StageContext:
     def note(self, text: str) -> None:
         """Say one thing that a person should read."""
         self._emit({"event": "note", "text": text})
+
+    def checkpoint_failed(self, reason: str) -> None:
+        """Report that a resume state could not be written, for the run's metrics; `reason` is one word, as errno's."""
+        self._emit({"event": "checkpoint-failed", "reason": reason})
 
     def _emit(self, event: dict[str, Any]) -> None:
         self.stream.write(json.dumps(event) + "\n")

@@ -219,10 +219,13 @@ def test_a_full_disk_is_said_and_leaves_earlier_states_whole(inputs, uninterrupt
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(StageFailed, match=r"could not be written.*MB\s+are free.*training goes on from the newest"):
-            train("pretrain", inputs, out, io.StringIO())
+            train("pretrain", inputs, out, stream := io.StringIO())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    # safetensors says in words what failed, without errno.
+    assert [event["reason"] for event in events if event["event"] == "checkpoint-failed"] == ["other"]
     assert newest(out) == before
     train("pretrain", inputs, out, io.StringIO())
     assert digests(out) == uninterrupted("pretrain")

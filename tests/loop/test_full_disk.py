@@ -36,6 +36,8 @@ def test_a_full_disk_is_told_and_a_larger_one_finishes_the_run(small_disk, tmp_p
         done = fmops("run", "--workspace", str(small_disk / "ws"), spec=spec)
         assert "Traceback" not in done.stderr, done.stderr
         told.append((done.returncode, done.stderr))
+    counted = (small_disk / "ws" / "metrics" / "runs.prom").read_text(encoding="utf-8")
+    assert 'fmops_checkpoint_failures_total{reason="enospc"}' in counted
     for code, error in told[:-1]:
         assert code == 1
         assert "disk full" in error or "could not be written" in error

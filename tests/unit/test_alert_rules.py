@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from fmops.deployment.rollout.evidence import Evidence
 from fmops.deployment.rollout.machine import State
 from fmops.deployment.serving.gateway.metrics import GatewayMetrics
 from fmops.lifecycle import Monitor, Rollout
+from fmops.orchestration.run_metrics import RunMetrics
 
 RULES = Path(pictures.__file__).parent / "prometheus" / "alerts.yaml"
 CASES = Path(__file__).parent / "alerts.promtool.yaml"
@@ -61,7 +63,7 @@ def test_every_alert_has_a_case_a_severity_and_says_what_to_do():
 
 
 def exported() -> str:
-    """Everything that gateway, rollout and monitor export, on real values."""
+    """Everything that gateway, rollout, monitor and runs export, on real values."""
     gateway = GatewayMetrics(in_flight=lambda: 0, waiting=lambda: 0, routes_version=lambda: 1)
     for trace in Production(seed=0, rates={"failed": 0.0, "secret": 1.0}).serve(3, canary=0.5):
         gateway.answered(trace)
@@ -74,7 +76,9 @@ def exported() -> str:
     )  # fmt: skip
     state = State(id="r", champion="a", challenger="b", started_s=0, entered_s=0)
     saved = Saved(policy=Rollout(), state=state, evidence=Evidence.none_yet("a", "b", {}))
-    return gateway.text().decode() + monitor_metrics(report, Monitor()) + rollout_metrics(saved)
+    with TemporaryDirectory() as folder:
+        runs = RunMetrics(Path(folder), stages=["pretrain"]).text()
+    return gateway.text().decode() + monitor_metrics(report, Monitor()) + rollout_metrics(saved) + runs
 
 
 def test_rules_and_dashboard_ask_for_metrics_that_exist():

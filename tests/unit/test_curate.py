@@ -223,6 +223,8 @@ def test_what_is_dropped_is_counted_with_reasons(tmp_path: Path, base: Checkpoin
     )
     language = next(each for each in corpus.dropped if each.step == "language").examples
     assert language[0].startswith("new/new.jsonl:11 (fr): Le chat dort")
+    with pytest.raises(FmopsError, match=r"^new/new\.jsonl:15: no UTF-8 at byte 13\. .*`curate\.unreadable: skip`"):
+        run(tmp_path, base, context, out="strict", unreadable="stop")
 
 
 def test_every_form_of_file_is_read(tmp_path: Path, base: Checkpoint, context: StageContext) -> None:

@@ -263,3 +263,10 @@ def test_real_transcripts_are_read(case: Case, tmp_path: Path) -> None:
         assert row["prompt"][-1]["role"] == "user"
         assert row["chosen"] != row["rejected"]
         assert "\n\nHuman:" not in row["prompt"][0]["content"] + row["chosen"]
+
+
+def test_a_row_that_cannot_be_read_ends_the_stage_where_the_spec_says_so(case: Case) -> None:
+    rows: list[Any] = [{"messages": TURNS}, ["no object"]]
+    assert reasons(case.conversations(rows)) == {"unreadable": 1}
+    with pytest.raises(FmopsError, match=r"^rows\.jsonl:2: no object but list\. .*`curate\.unreadable: skip`"):
+        case.conversations(rows, unreadable="stop")

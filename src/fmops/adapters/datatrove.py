@@ -30,7 +30,7 @@ from loguru import logger
 from fmops.adapters.minhash import record
 from fmops.artifacts import SourceFile
 from fmops.data.contamination import Contamination
-from fmops.data.read import Unreadable, read_texts
+from fmops.data.read import Policy, Unreadable, read_texts
 from fmops.data.spool import INDEX, Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
 from fmops.errors import unknown
@@ -62,6 +62,7 @@ class Rules:
     min_characters: int
     quality: bool
     redact: bool
+    unreadable: Policy
     contamination: Contamination
 
 
@@ -144,7 +145,7 @@ def _run_group(rank: int) -> None:
 
 def _steps(groups: list[list[InputFile]], rules: Rules, *, out: Path, progress: Progress | None) -> list[Any]:
     ledger = Ledger()
-    steps: list[Any] = [_Reader(groups, ledger, progress), _Clean(redacting=rules.redact)]
+    steps: list[Any] = [_Reader(groups, ledger, rules.unreadable, progress), _Clean(redacting=rules.redact)]
     steps.append(_LongEnough(rules.min_characters, exclusion_writer=_Exclusions("too-short", ledger)))
     if rules.language:
         steps.append(_InLanguage(rules.language, exclusion_writer=_Exclusions("language", ledger)))
@@ -215,14 +216,16 @@ class _Exclusions:
 class _Reader:
     """Documents of one group."""
 
-    def __init__(self, groups: list[list[InputFile]], ledger: Ledger, progress: Progress | None) -> None:
-        self._groups, self._ledger, self._progress = groups, ledger, progress
+    def __init__(
+        self, groups: list[list[InputFile]], ledger: Ledger, policy: Policy, progress: Progress | None
+    ) -> None:
+        self._groups, self._ledger, self._policy, self._progress = groups, ledger, policy, progress
 
     def __call__(self, data: None, rank: int, world_size: int) -> Iterator[Document]:
         for given in self._groups[rank]:
             for read in read_texts(given.file, text_field=given.text_field):
                 if isinstance(read, Unreadable):
-                    self._ledger.add("unreadable", f"{given.corpus_name}/{read.place}: {read.reason}")
+                    self._ledger.add("unreadable", read.left_out(self._policy, of=f"{given.corpus_name}/"))
                     continue
                 place, text = read
                 yield Document(text=text, id=f"{given.corpus_name}/{place}", metadata={"corpus": given.corpus})

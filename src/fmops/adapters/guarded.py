@@ -115,7 +115,7 @@ class Guarded:
         self._moments = whole_optimizer(self.optimizer) if is_sharded(self.model) else None  # type: ignore[attr-defined]
         drawn = ranks.collected(generators()) if ranks.world() > 1 else []
         if ranks.rank() == 0:
-            with written_or_explained(folder):
+            with written_or_explained(folder, failed=self.watch.context.checkpoint_failed):
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
                 for rank, state in enumerate(drawn):
                     torch.save(state, folder / f"rng_state_{rank}.pth")

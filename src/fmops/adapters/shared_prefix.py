@@ -106,7 +106,7 @@ def _score(model: Any, input_ids: torch.Tensor, mask: torch.Tensor, labels: torc
         position_ids=batch.position_ids,
         documents=batch.documents,
         use_cache=False,
-        **learnt_only(model, batch.places.unique(), tokens=batch.input_ids.shape[1]),
+        **learnt_only(model, torch.unique(batch.places), tokens=batch.input_ids.shape[1]),
     ).last_hidden_state[0]
     wanted = labels[batch.rows, batch.columns + 1]
     nats = token_nats(hidden.index_select(0, batch.places), model.get_output_embeddings().weight, wanted)

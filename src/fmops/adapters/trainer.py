@@ -204,7 +204,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if ranks.rank():
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with written_or_explained(folder):
+        with written_or_explained(folder, failed=self.context.checkpoint_failed):
             if self._kept and self.kept_step not in (0, state.global_step):
                 save_file(self._kept, folder / KEPT_WEIGHTS)
             mine: dict[str, Any] = {"curve": self.curve, "kept_step": self.kept_step, "quarantined": self.quarantined}
@@ -216,7 +216,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Return once the last resume state is on disk, or say why it cannot be."""
         folder = self.sealer.pending
         if folder is not None:
-            with written_or_explained(folder):
+            with written_or_explained(folder, failed=self.context.checkpoint_failed):
                 self.sealer.wait()
 
     def restore(self, checkpoint: Path, model: Any) -> None:

@@ -6,6 +6,7 @@ Refuses: weights that are not finite; to call any other error a want of memory o
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 
 from fmops.adapters import ranks
 from fmops.adapters.sharding import local
-from fmops.errors import OutOfMemory, StageFailed
+from fmops.errors import OutOfMemory, StageFailed, disk_is_full
 
 SPIKE = 10.0
 """A loss so many times the median of the last `SPIKE_WINDOW` steps, and above the first ones, went wrong."""
@@ -99,15 +100,26 @@ def refuse_not_finite(model: Any) -> None:
 
 
 @contextmanager
-def written_or_explained(checkpoint: Path) -> Iterator[None]:
-    """Turn a failed write into an error that says how much room there is; the torn folder is removed, to make some."""
+def written_or_explained(checkpoint: Path, *, failed: Callable[[str], None]) -> Iterator[None]:
+    """Turn a failed write into an error that says how much room there is; the torn folder is removed, to make some.
+
+    `failed` is told why, in one word.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(checkpoint, ignore_errors=True)
+        failed(_in_a_word(error))
         status = os.statvfs(checkpoint.parent)
         free_mb = status.f_bavail * status.f_frsize / 1e6
         raise StageFailed(
             f"the resume state {checkpoint.name} could not be written: {str(error).splitlines()[0]} ({free_mb:.0f} MB "
             "are free). Earlier ones are intact. Make room and run again: training goes on from the newest."
         ) from error
+
+
+def _in_a_word(error: BaseException) -> str:
+    """errno's name in small letters; of what has none, whether the disk is full."""
+    if disk_is_full(error):
+        return "enospc"
+    return errno.errorcode.get(getattr(error, "errno", None) or 0, "other").lower()

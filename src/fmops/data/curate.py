@@ -144,6 +144,7 @@ def _read_documents(
         min_characters=curation.min_characters,
         quality=curation.quality,
         redact=curation.redact,
+        unreadable=curation.unreadable,
         contamination=read_contamination(benchmarks.path if benchmarks else None),
     )
     # What an attempt with other inputs left behind must not count as done.

@@ -16,7 +16,7 @@ from typing import Any
 
 from fmops.artifacts import Benchmarks, Dropped, Source
 from fmops.data.contamination import read_contamination, write_contaminated
-from fmops.data.read import Unreadable, read_rows
+from fmops.data.read import Policy, Unreadable, read_rows
 from fmops.data.spool import Ledger
 from fmops.data.text import comparable_words, content_key, normalise, opening
 from fmops.errors import FmopsError
@@ -150,7 +150,7 @@ def _fit(
     ledger: Ledger,
 ) -> Iterator[tuple[str, str, Example, Counter[str]]]:
     """Place, the row's own id (of feedback: the answer's; "" without one), example, redactions."""
-    for place, fields in _rows(source, ledger):
+    for place, fields in _rows(source, ledger, policy=config.unreadable):
         redactions: Counter[str] = Counter()
 
         def clean(text: str, found: Counter[str] = redactions) -> str:
@@ -170,13 +170,13 @@ def _fit(
             ) from None
 
 
-def _rows(source: Source, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(source: Source, ledger: Ledger, *, policy: Policy) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in source.files:
         if PurePosixPath(file.name).suffix.lower() in SUFFIXES:
             continue
         for row in read_rows(file):
             if isinstance(row, Unreadable):
-                ledger.add("unreadable", f"{row.place}: {row.reason}")
+                ledger.add("unreadable", row.left_out(policy))
             elif row.whole_file:
                 raise FmopsError(f"{row.place} is a text file. Examples come as JSON Lines, JSON or Parquet.")
             else:

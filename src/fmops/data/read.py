@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from fmops.artifacts import SourceFile
 from fmops.errors import FmopsError, nearest
@@ -24,6 +24,8 @@ TEXT_SUFFIXES = (
     ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".go", ".rs", ".java", ".js", ".ts", ".sh", ".sql", ".rb", ".tf",
     ".yaml", ".yml", ".toml", ".cfg", ".ini", "",
 )  # fmt: skip
+Policy = Literal["skip", "stop"]
+"""What is done about rows and files that cannot be read."""
 # A longer text file becomes several documents, cut at empty lines, so that no document fills the memory.
 LONGEST_TEXT = 1_000_000
 
@@ -44,6 +46,19 @@ class Unreadable:
 
     place: str
     reason: str
+
+    def left_out(self, policy: Policy, *, of: str = "") -> str:
+        """What the ledger says of it; `of` is a prefix of its place.
+
+        Raises:
+            FmopsError: the policy is to stop.
+        """
+        said = f"{of}{self.place}: {self.reason}"
+        if policy == "stop":
+            raise FmopsError(
+                f"{said}. Mend or remove it; with `curate.unreadable: skip` such rows are left out and counted."
+            )
+        return said
 
 
 def read_rows(file: SourceFile) -> Iterator[Row | Unreadable]:

@@ -239,7 +239,9 @@ class _Builder:
     def _examples(self, stage: str, source: ExampleSource, *, max_tokens: int, form: Form = "pairs") -> str:
         curate = self.spec.curate
         held_out = curate.held_out_examples or curate.held_out
-        job = ExampleJob(redact=curate.redact, held_out=held_out, max_tokens=max_tokens, form=form)
+        job = ExampleJob(
+            redact=curate.redact, unreadable=curate.unreadable, held_out=held_out, max_tokens=max_tokens, form=form
+        )
         return self.add(stage, stage, job, {"source": source.source}, base="base", benchmarks=self.benchmarks)
 
     def _earlier(self, stage: str, last: str) -> str | None:

@@ -26,6 +26,7 @@ from fmops.orchestration.fork_server import ForkServer
 from fmops.orchestration.launch import Event, launch_local
 from fmops.orchestration.plan import Planner, Step
 from fmops.orchestration.project import Project
+from fmops.orchestration.run_metrics import RunMetrics
 from fmops.orchestration.signatures import sign_release
 from fmops.orchestration.summary import summarise
 from fmops.sources import remember
@@ -110,11 +111,13 @@ class _Run:
     alias: Alias = "champion"
     folder: Path = field(init=False)
     log: EventLog = field(init=False)
+    metrics: RunMetrics = field(init=False)
 
     def go(self, todo: list[str]) -> Outcome:
         store = self.project.store
         self.folder = store.runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 0xFFFF:04x}"
         self.log = EventLog(self.folder, self.view)
+        self.metrics = RunMetrics(store.root, stages=self.steps)
         champion = store.aliases().get(self.alias)
         started = {
             "spec": self.project.spec_path.name,
@@ -175,6 +178,7 @@ class _Run:
             )
         except FmopsError as error:
             self.log.add(name, "failed", error=str(error))
+            self.metrics.count(name, {"event": "failed"})
             raise
         fault_site(f"run-after-{name}")
         self.log.add(name, "finished", fingerprint=record.fingerprint, cost=record.cost, summary=summarise(record))
@@ -189,6 +193,7 @@ class _Run:
 
     def _forward(self, name: str, event: Mapping[str, Any]) -> None:
         fault_site("run-event")
+        self.metrics.count(name, event)
         self.log.add(name, event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     def _look_again(self) -> None:
