@@ -34,7 +34,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from fmops.deployment.serving.gateway.process import run_gateway
-from fmops.lifecycle import Serve
+from fmops.production import Serve
 run_gateway(Path(sys.argv[1]), Serve(port=int(sys.argv[2]), tokens_per_minute=10**9), name="tiny")
 """
 PROMPT = "Describe in a few sentences what a Python function decorator does, and name three uses of it. " * 5

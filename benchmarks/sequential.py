@@ -23,7 +23,7 @@ from fmops.deployment.monitoring.meaning import Code
 from fmops.deployment.monitoring.watch import MEASURES, Watch, slow_harm, watch
 from fmops.deployment.rollout.evidence import Evidence, observe
 from fmops.deployment.rollout.machine import SetTraffic, State, advance, detectable
-from fmops.lifecycle import Monitor, Rollout
+from fmops.production import Monitor, Rollout
 
 POLICY = Rollout(shadow=0.0, steps=(0.1, 0.5))
 

@@ -23,7 +23,7 @@ from benchmarks.sequential import BEFORE, DAY, Coder, prompt_codes, rate, spread
 from benchmarks.simulated import Production
 from fmops.deployment.monitoring.topics import novelty, words_of
 from fmops.deployment.monitoring.watch import MEASURES, Watch, watch
-from fmops.lifecycle import Monitor
+from fmops.production import Monitor
 from fmops.sources import resolve
 from fmops.traces import Trace
 

@@ -26,10 +26,10 @@ from fmops.deployment.monitoring.monitor import Watcher
 from fmops.deployment.rollout.controller import Controller
 from fmops.deployment.serving.routes import RoutesFile
 from fmops.deployment.serving.server import address, bind, configure
-from fmops.lifecycle import Monitor, Rollout
 from fmops.orchestration.project import Project
 from fmops.orchestration.rounds import Round, Rounds, Trigger
 from fmops.orchestration.up import gateway_url
+from fmops.production import Monitor, Rollout
 from fmops.store import Store, write_atomically
 from fmops.traces import DayLog, Trace
 

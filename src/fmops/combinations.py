@@ -38,7 +38,7 @@ def _training(spec: Lifecycle) -> Iterator[Problem]:
     if pretrain and pretrain.metric == "old_bits_per_byte" and "replay" not in roles:
         text = "pretrain.metric old_bits_per_byte needs a corpus with role replay. Add one, or drop it."
         yield ("pretrain", "metric"), text
-    for name, training in (("pretrain", pretrain), ("instruct", spec.instruct)):
+    for name, training in (("pretrain", pretrain), ("instruct", spec.instruct), ("align", spec.align)):
         if training and training.patience and training.keep != "best":
             yield (name, "patience"), f"{name}.patience waits for better weights: add `keep: best`, or drop it."
     if spec.instruct and not spec.data.conversations:

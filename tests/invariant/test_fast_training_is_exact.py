@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fmops.adapters import linear_loss
 from fmops.adapters.document_attention import attend_by_document
+from fmops.adapters.learnt_rows import finish_learnt_rows
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import add_lora, load_model, lora_config
 from fmops.adapters.packing import Block, collate, micro_batch, pack, plan_training
@@ -60,9 +62,34 @@ def test_documents_without_mask_and_logits_learn_the_same(half_learnt, tiny_mode
     assert said == []
 
 
-def test_the_loss_is_the_same_however_many_logits_are_held(monkeypatch):
-    from fmops.adapters import linear_loss
+def test_prompts_are_not_finished_in_the_last_layer_where_it_only_adds_its_feed_forward_part(tiny_model, monkeypatch):
+    said: list[str] = []
+    model = _fast(tiny_model, said)
+    batch = collate(pack(_pieces(half_learnt=True), block_tokens=64))
+    read: list[int] = []
+    last = model.base_model.layers[-1]
+    last.mlp.down_proj.register_forward_hook(lambda _, given, __: read.append(given[0].shape[1]))
+    learnt = int((batch["labels"][:, 1:] != -100).sum())
+    model(**batch).loss.backward()
+    model(**{name: value for name, value in batch.items() if name != "labels"})
+    assert read == [learnt, batch["input_ids"].shape[1]]
+    # A layer that mixes tokens behind its attention needs them all.
+    kind = type(last.mlp)
+    plain = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: plain(self, x) + x.mean(dim=1, keepdim=True))
+    other = load_model(tiny_model)
+    assert not finish_learnt_rows(other)
 
+
+def test_a_loss_is_good_for_one_backward_pass():
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    nats = linear_loss.total_nats(hidden, weight, torch.arange(6))
+    nats.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        nats.backward()
+
+
+def test_the_loss_is_the_same_however_many_logits_are_held(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (150, 50))
     labels = torch.randint(0, 50, (150,), generator=generator)

@@ -14,7 +14,7 @@ from fmops.deployment.evalues import Count
 from fmops.deployment.rollout.controller import Controller, Saved
 from fmops.deployment.rollout.evidence import SIGNALS, Evidence
 from fmops.deployment.rollout.machine import State
-from fmops.lifecycle import Rollout
+from fmops.production import Rollout
 from fmops.store import Store, write_atomically
 
 # Wide margins, so that some hundred requests suffice; the machine's own tests use the usual ones.

@@ -30,7 +30,7 @@ import json, sys
 from pathlib import Path
 from fmops.artifacts import Release
 from fmops.deployment.serving.app import serve
-from fmops.lifecycle import Serve
+from fmops.production import Serve
 path = Path(sys.argv[1])
 stated = json.loads(sys.stdin.read())
 serve(

@@ -21,8 +21,8 @@ from fmops.deployment.rollout.controller import metrics_text as rollout_metrics
 from fmops.deployment.rollout.evidence import Evidence
 from fmops.deployment.rollout.machine import State
 from fmops.deployment.serving.gateway.metrics import GatewayMetrics
-from fmops.lifecycle import Monitor, Rollout
 from fmops.orchestration.run_metrics import RunMetrics
+from fmops.production import Monitor, Rollout
 
 RULES = Path(pictures.__file__).parent / "prometheus" / "alerts.yaml"
 CASES = Path(__file__).parent / "alerts.promtool.yaml"

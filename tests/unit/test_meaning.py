@@ -24,7 +24,7 @@ from fmops.deployment.monitoring.monitor import Watcher, describe
 from fmops.deployment.monitoring.topics import words_of
 from fmops.deployment.monitoring.watch import MOST, Watch, watch
 from fmops.errors import FmopsError
-from fmops.lifecycle import Monitor
+from fmops.production import Monitor
 from fmops.store import Record, Store, content_digest, file_entries, utc_now
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,7 +278,7 @@ LOOK = """
 import sys
 from pathlib import Path
 from fmops.deployment.monitoring.monitor import Watcher
-from fmops.lifecycle import Monitor
+from fmops.production import Monitor
 from fmops.store import Store
 Watcher(Store(Path(sys.argv[1])), Monitor(reference=400), clock=lambda: 1.8e9).look()
 """

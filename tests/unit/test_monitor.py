@@ -18,7 +18,7 @@ from fmops.deployment.monitoring.judge import sample
 from fmops.deployment.monitoring.monitor import Watcher, describe
 from fmops.deployment.monitoring.watch import Watch, next_release, watch, worse_than_before
 from fmops.errors import FmopsError
-from fmops.lifecycle import Monitor, MonitorJudge
+from fmops.production import Monitor, MonitorJudge
 from fmops.store import Store
 from fmops.traces import DayLog, Feedback, Trace
 

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.simulated import RATES, Production, write_traces
 from fmops.deployment.monitoring import process
 from fmops.errors import FmopsError
-from fmops.lifecycle import Monitor
+from fmops.production import Monitor
 from fmops.store import Store
 
 POLICY = Monitor(reference=200, observations_per_false_alarm=1000)

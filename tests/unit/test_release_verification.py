@@ -11,7 +11,7 @@ from fmops.deployment.serving.app import serve
 from fmops.deployment.verify import verify_release
 from fmops.errors import FmopsError, IntegrityError
 from fmops.integrity import sha256
-from fmops.lifecycle import Serve
+from fmops.production import Serve
 
 PASSED = Parity(
     passed=True, prompts=11, engine="transformers", token_ids_equal=True, template_equal=True, greedy_equal=True,

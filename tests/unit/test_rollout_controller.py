@@ -19,7 +19,7 @@ from fmops.deployment.rollout.machine import RolloutConflict
 from fmops.deployment.serving.routes import Routes, RoutesFile, Target
 from fmops.errors import FmopsError
 from fmops.integrity import sha256
-from fmops.lifecycle import Rollout
+from fmops.production import Rollout
 from fmops.store import Record, Store, content_digest, file_entries, utc_now
 from fmops.traces import DayLog, Trace
 

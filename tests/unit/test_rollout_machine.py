@@ -18,7 +18,7 @@ from fmops.deployment.rollout.machine import (
     wanted,
 )
 from fmops.errors import FmopsError
-from fmops.lifecycle import Rollout
+from fmops.production import Rollout
 
 POLICY = Rollout(steps=(0.1, 0.5), shadow=0.0, answers=60)
 

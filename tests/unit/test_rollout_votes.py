@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fmops.deployment.rollout.evidence import Evidence, hear, observe
 from fmops.deployment.rollout.machine import harm
-from fmops.lifecycle import Rollout
+from fmops.production import Rollout
 from fmops.traces import Feedback, Trace
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fmops.errors import FmopsError
-from fmops.lifecycle import Loop, read_lifecycle
+from fmops.lifecycle import read_lifecycle
 from fmops.orchestration.learnt import Learnt
 from fmops.orchestration.project import Project
 from fmops.orchestration.round_spec import EARLIER, trained, write_round
 from fmops.orchestration.rounds import WEEK_S, Round, Rounds, Trigger, decide
+from fmops.production import Loop
 from fmops.sources import resolve
 from fmops.store import Store, write_atomically
 

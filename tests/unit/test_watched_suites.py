@@ -14,22 +14,36 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training_inputs import SUITE, a_checkpoint, a_corpus, questions_of, some_benchmarks, some_conversations
+from training_inputs import (
+    SUITE,
+    a_checkpoint,
+    a_corpus,
+    questions_of,
+    some_benchmarks,
+    some_conversations,
+    some_preferences,
+    some_prompts,
+    some_rewards,
+    some_votes,
+)
 from training_run import digests
 
 from fmops.adapters import trainer
 from fmops.adapters.guarded import generators
 from fmops.adapters.model_files import add_lora, load_model
+from fmops.adapters.packing import plan_training
 from fmops.adapters.watched_suites import read_watched, with_suites
 from fmops.data.contamination import read_contamination
 from fmops.errors import FmopsError, SpecMistake
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.protocol import read_lines
+from fmops.finetuning.align import align
 from fmops.finetuning.instruct import instruct
 from fmops.jobs import BenchmarksJob, EvaluateJob
-from fmops.lifecycle import Instruct, Lifecycle, Pretrain
+from fmops.lifecycle import Align, Instruct, Lifecycle, Pretrain
 from fmops.orchestration.graph import build
 from fmops.pretraining.pretrain import pretrain
+from fmops.stage import StageContext
 
 
 @pytest.fixture
@@ -97,7 +111,11 @@ def test_a_suite_named_like_a_column_of_the_curve_is_refused(tmp_path):
 SPEC = {
     "name": "watched",
     "base": "base",
-    "data": {"corpora": {"docs": {"source": "docs"}}, "conversations": {"source": "talk.jsonl"}},
+    "data": {
+        "corpora": {"docs": {"source": "docs"}},
+        "conversations": {"source": "talk.jsonl"},
+        "preferences": {"source": "pairs.jsonl"},
+    },
 }
 
 
@@ -111,16 +129,17 @@ def test_training_and_curation_are_given_the_items(tmp_path):
         tmp_path,
         pretrain={"tokens": 1000, "suites": "words.yaml", "suite_items": 30, "metric": "words", "keep": "best"},
         instruct={"suites": ["words.yaml", "grammar"], "suite_items": 50},
+        align={"suites": "grammar", "suite_items": 60},
         evaluate={"suites": ["words.yaml", "capability"], "limit": 20},
     )
     job = made.nodes["benchmarks"].config
     assert isinstance(job, BenchmarksJob)
     assert job.suites == ("words.yaml", "capability")
-    assert job.watched == {"words.yaml": 50, "grammar": 50}
+    assert job.watched == {"words.yaml": 50, "grammar": 60}
     assert set(job.texts) == {"capability", "grammar"}
     assert made.nodes["benchmarks"].sources["suite_0"] == ("words.yaml",)
     assert {"items_words_words", "items_blimp", "items_piqa"} <= made.nodes["benchmarks"].sources.keys()
-    for name in ("corpus", "conversations", "pretrain", "instruct"):
+    for name in ("corpus", "conversations", "preferences", "pretrain", "instruct", "align"):
         assert made.nodes[name].artifacts["benchmarks"] == "benchmarks"
     plain = graph(tmp_path, pretrain={"tokens": 1000}, evaluate={"suites": ["words.yaml"]})
     assert "benchmarks" not in plain.nodes["pretrain"].artifacts
@@ -151,6 +170,11 @@ def test_training_and_curation_are_given_the_items(tmp_path):
             ("instruct", "suites", "garak"),
             "instruct.suites: the suite garak is asked by an outside framework at an endpoint. Leave it to "
             "evaluate.suites.",
+        ),
+        (
+            {"align": {"method": "kto", "metric": "preference_accuracy"}},
+            ("align", "metric"),
+            "unknown align.metric 'preference_accuracy'. Did you mean 'vote_accuracy'? Known: vote_accuracy.",
         ),
         (
             {"instruct": {"suites": "gramar"}},
@@ -204,11 +228,13 @@ def test_the_score_is_that_of_evaluation_and_nothing_is_left_behind(adapter, ben
     model = add_lora(bare, rank=4) if adapter == "lora" else bare
     model.train()
     config = Pretrain(tokens=1, suites=("words.yaml",), suite_items=12, metric="words")
-    measure, better = with_suites(lambda _: {"loss": 1.0}, config, benchmarks, source=tiny_model, context=context)
+    watch = a_watch(lambda _: {"loss": 1.0}, context, best="words")
+    with_suites(watch, config, benchmarks, source=tiny_model, context=context)
+    measure = watch.evaluate
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     drawn = generators()
     assert measure(model) == {"loss": 1.0, "words": report.metrics[0].value}
-    assert better is operator.gt
+    assert watch.better is operator.gt
     assert model.training
     assert bare.config._attn_implementation == ATTENTION
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -218,6 +244,13 @@ def test_the_score_is_that_of_evaluation_and_nothing_is_left_behind(adapter, ben
     with torch.no_grad():
         bare.get_output_embeddings().weight.mul_(-1.0)
     assert measure(model)["words"] != report.metrics[0].value
+
+
+def a_watch(evaluate: trainer.Measure, context: StageContext, *, best: str | None) -> trainer.Watch:
+    plan = plan_training([8], tokens=8, batch_tokens=8, seed=0)
+    return trainer.Watch(
+        plan=plan, context=context, evaluate=evaluate, evaluate_at=frozenset(), save_at=frozenset(), best=best
+    )
 
 
 def test_a_stage_takes_no_more_items_than_it_names(benchmarks):
@@ -290,7 +323,11 @@ def test_patience_counts_scores_the_higher_the_better(benchmarks, tiny_model, tm
     from fmops.adapters import watched_suites
 
     given = iter([0.5, 0.7, 0.6, 0.7, 0.9])
-    monkeypatch.setattr(watched_suites, "with_suites", lambda *_, **__: (lambda _: {"words": next(given)}, operator.gt))
+
+    def scripted(watch: trainer.Watch, *_: object, **__: object) -> None:
+        watch.evaluate, watch.better = lambda _: {"words": next(given)}, operator.gt
+
+    monkeypatch.setattr(watched_suites, "with_suites", scripted)
     tuned = instruct(
         Instruct(
             adapter="full", batch_tokens=150, block_tokens=150, evaluations=8, keep="best", patience=2, metric="words",
@@ -306,3 +343,63 @@ def test_patience_counts_scores_the_higher_the_better(benchmarks, tiny_model, tm
     assert [row["words"] for row in rows] == [0.5, 0.7, 0.6, 0.7]
     assert (tuned.metrics["words_before"], tuned.metrics["words_after"]) == (0.5, 0.7)
     assert "it got no better" in context.stream.getvalue()
+
+
+ALIGNED = {
+    "dpo": (some_preferences, "preference_accuracy"),
+    "orpo": (some_preferences, "preference_accuracy"),
+    "kto": (some_votes, "vote_accuracy"),
+    "grpo": (some_prompts, "held_out_reward"),
+}
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("method", ALIGNED)
+def test_alignment_scores_suites_and_keeps_the_best_weights(
+    method, adapter, benchmarks, tiny_model, tmp_path, context, monkeypatch
+):
+    examples, own = ALIGNED[method]
+    grpo = {"reward": {"rewards.py:brief": 1.0}, "answers": 2, "answer_tokens": 4} if method == "grpo" else {}
+    config = Align(
+        method=method, adapter=adapter, learning_rate=3e-3, batch_pairs=4, max_tokens=160, evaluations=3,
+        suites=("words.yaml",), suite_items=12, keep="best", metric="words", **grpo,
+    )  # fmt: skip
+    given = {
+        "checkpoint": a_checkpoint(tmp_path / "base", tiny_model),
+        "preferences": examples(tmp_path / "examples", train=12),
+        "rewards": some_rewards(tmp_path / "rewards") if grpo else None,
+        "context": context,
+    }
+    made = align(config, **given, benchmarks=benchmarks, out=tmp_path / "seen")
+    rows = [row for row in curve(tmp_path / "seen") if "words" in row]
+    assert len(rows) == 4
+    assert all(own in row for row in rows)
+    best = max(row["words"] for row in rows)
+    assert made.metrics["words_after"] == best
+    assert made.metrics["words_before"] == rows[0]["words"]
+    # To watch changes no weight: the last ones are those of a run that measures at its end alone.
+    last = config.model_copy(update={"keep": "last", "metric": None})
+    blind = last.model_copy(update={"suites": (), "evaluations": 1})
+    weights = [
+        align(each, **given, benchmarks=brought, out=tmp_path / name).model / "model.safetensors"
+        for name, each, brought in (("last", last, benchmarks), ("blind", blind, None))
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_alignment_keeps_what_answers_held_out_pairs_best(tiny_model, tmp_path, context, monkeypatch):
+    from fmops.adapters import trl_dpo
+
+    given = iter([0.5, 0.75, 0.6, 0.7, 0.9])
+    monkeypatch.setattr(trl_dpo, "preference_accuracy", lambda _: {"preference_accuracy": next(given)})
+    aligned = align(
+        Align(batch_pairs=2, learning_rate=1e-3, evaluations=12, keep="best", patience=2),
+        checkpoint=a_checkpoint(tmp_path / "base", tiny_model),
+        preferences=some_preferences(tmp_path / "pairs"),
+        out=tmp_path / "out",
+        context=context,
+    )
+    rows = [row for row in curve(tmp_path / "out") if "preference_accuracy" in row]
+    assert [row["preference_accuracy"] for row in rows] == [0.5, 0.75, 0.6, 0.7]
+    assert "it got no better: the weights of step 1 are kept" in context.stream.getvalue()
+    assert aligned.metrics["held_out_pairs"] > 0

@@ -25,8 +25,8 @@ def finish_learnt_rows(model: Any) -> bool:
     """
     layer = next(reversed(getattr(model.base_model, "layers", None) or [None]))
     whole = getattr(getattr(layer, "mlp", None), "forward", None)
-    if whole is None:
-        return False
+    if whole is None or getattr(model, MARK, False):
+        return whole is not None
     plain = layer.forward
 
     @functools.wraps(plain)

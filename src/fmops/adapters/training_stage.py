@@ -113,7 +113,7 @@ def watch_over(
         # The harness takes seconds to import.
         from fmops.adapters.watched_suites import with_suites
 
-        watch.evaluate, watch.better = with_suites(losses, config, benchmarks, source=source, context=context)
+        with_suites(watch, config, benchmarks, source=source, context=context)
     return watch
 
 

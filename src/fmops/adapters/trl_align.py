@@ -6,6 +6,7 @@ Refuses: too few examples for a batch; what `trainer` refuses.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 
 from fmops.adapters.document_attention import attend_by_document
-from fmops.adapters.guarded import Guarded
+from fmops.adapters.guarded import Guarded, generators, set_generators
 from fmops.adapters.model_files import (
     evaluating,
     load_model,
@@ -31,6 +32,7 @@ from fmops.adapters.schedule import Schedule, arguments, evenly
 from fmops.adapters.shared_prefix import share_prefixes
 from fmops.adapters.trainer import Trained, Watch, run
 from fmops.adapters.training_stage import begin
+from fmops.artifacts import Benchmarks
 from fmops.errors import FmopsError
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
@@ -65,6 +67,8 @@ class Setting:
     work: Path
     context: StageContext
     dtype: torch.dtype
+    benchmarks: Benchmarks | None
+    """Bring the items of `config.suites`."""
 
     @property
     def beta(self) -> float:
@@ -120,11 +124,13 @@ class Scoring(Guarded):
             self._shares = share_prefixes(bare, note=self.note)
 
 
-def set_up(config: Align, *, source: Path, out: Path, context: StageContext) -> Setting:
+def set_up(
+    config: Align, *, source: Path, out: Path, context: StageContext, benchmarks: Benchmarks | None = None
+) -> Setting:
     """Quiet libraries, seeds, scratch space, precision."""
     disable_progress_bar()
     work, dtype = begin(context, out=out)
-    return Setting(config, source, out, work, context, dtype)
+    return Setting(config, source, out, work, context, dtype, benchmarks)
 
 
 def plan_examples(examples: Sequence[Counted], *, config: Align, whole: int, item: str, seed: int) -> Plan:
@@ -175,7 +181,14 @@ def answer_log_probs(trainer: Any, rows: Sequence[dict[str, Any]], *, batch: int
 
 
 def train_between(
-    trainer: Any, plan: Plan, *, setting: Setting, measure: Callable[[], Measured], learnt: int, spikes: bool = True
+    trainer: Any,
+    plan: Plan,
+    *,
+    setting: Setting,
+    measure: Callable[[], Measured],
+    shown: Callable[[Measured, Measured], dict[str, float]],
+    learnt: int,
+    spikes: bool = True,
 ) -> tuple[Trained, Measured, Measured]:
     """Measure, train to the end of the plan, measure again; write `out/model` (and `out/adapter`).
 
@@ -184,21 +197,44 @@ def train_between(
         plan: what it reads.
         setting: of the run.
         measure: what is known of the model as it is.
+        shown: what the curve says of a measurement, beside the one before training.
         learnt: tokens that carry loss.
         spikes: whether a loss far above the others means that a step went wrong.
+
+    Returns:
+        What was trained, and what was measured before it and of the weights that are kept.
     """
     config, context = setting.config, setting.context
+    before = measure()
+    found = {0: before}
+
+    def evaluate(_: Any) -> dict[str, float]:
+        step = trainer.state.global_step
+        if step not in found:
+            drawn = generators()
+            found[step] = measure()
+            set_generators(drawn)
+        return shown(before, found[step])
+
     watch = Watch(
         plan=plan,
         context=context,
-        evaluate=lambda _: {},
-        evaluate_at=frozenset(),
+        evaluate=evaluate,
+        evaluate_at=evenly(config.evaluations, plan.steps, end=True),
         save_at=evenly(config.checkpoints, plan.steps, end=False),
         spikes=spikes,
+        best=config.kept_by if config.keep == "best" else None,
+        better=operator.gt,
+        patience=config.patience,
     )
-    before = measure()
+    if setting.benchmarks is not None:
+        # The harness takes seconds to import.
+        from fmops.adapters.watched_suites import with_suites
+
+        with_suites(watch, config, setting.benchmarks, source=setting.source, context=context)
     run(trainer, watch, work=setting.work)
-    after = measure()
+    kept = trainer.state.global_step if watch.kept_step is None else watch.kept_step
+    after = found[kept] if kept in found else measure()
     model = trainer.model
     if config.adapter == "lora":
         save_adapter(model, setting.out / "adapter")

@@ -24,6 +24,7 @@ from fmops.adapters.trl_align import (
     set_up,
     train_between,
 )
+from fmops.artifacts import Benchmarks
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
 
@@ -52,7 +53,14 @@ class DpoTrainer(Scoring, DPOTrainer):  # type: ignore[misc]
 
 
 def train(
-    config: Align, *, source: Path, examples: Sequence[Pair], held_out: Sequence[Pair], out: Path, context: StageContext
+    config: Align,
+    *,
+    source: Path,
+    examples: Sequence[Pair],
+    held_out: Sequence[Pair],
+    out: Path,
+    context: StageContext,
+    benchmarks: Benchmarks | None = None,
 ) -> tuple[Trained, dict[str, float]]:
     """Align the model in `source`; write `out/model` (and `out/adapter`). Also returns `held_out_preferences`."""
     # Full tuning moves the reference away, so it answers beforehand; LoRA switches its adapter off.
@@ -64,6 +72,7 @@ def train(
         held_out=held_out,
         out=out,
         context=context,
+        benchmarks=benchmarks,
         precompute=config.adapter == "full",
     )
 
@@ -77,10 +86,11 @@ def train_pairs(
     held_out: Sequence[Pair],
     out: Path,
     context: StageContext,
+    benchmarks: Benchmarks | None,
     precompute: bool,
 ) -> tuple[Trained, dict[str, float]]:
     """Train with `kind` on pairs; `precompute` as TRL's `precompute_ref_log_probs`."""
-    setting = set_up(config, source=source, out=out, context=context)
+    setting = set_up(config, source=source, out=out, context=context, benchmarks=benchmarks)
     micro = next(size for size in MICRO_BATCHES if config.batch_pairs % size == 0)
     plan = plan_examples(examples, config=config, whole=micro, item=ITEM, seed=context.seed)
     trainer = kind(
@@ -100,6 +110,7 @@ def train_pairs(
         plan,
         setting=setting,
         measure=lambda: score(trainer, chosen, dtype=setting.dtype),
+        shown=lambda _, now: preference_accuracy(now),
         learnt=sum(len(examples[index].chosen) + len(examples[index].rejected) for index in plan.order),
     )
     context.cost["pairs_per_s"] = context.cost["tokens_per_s"] * len(plan.order) / plan.tokens
@@ -115,6 +126,11 @@ def score(trainer: Any, rows: Sequence[dict[str, Any]], *, dtype: torch.dtype) -
         both = answer_log_probs(trainer, part, batch=len(part), dtype=dtype)
         found += zip(both[: len(part)], both[len(part) :], strict=True)
     return found
+
+
+def preference_accuracy(scores: Scores) -> dict[str, float]:
+    """How often the chosen answer is the likelier one."""
+    return {"preference_accuracy": sum(a > b for a, b in scores) / len(scores)} if scores else {}
 
 
 def held_out_preferences(before: Scores, after: Scores, *, beta: float) -> dict[str, float]:

@@ -20,6 +20,7 @@ from fmops.adapters.guarded import Guarded
 from fmops.adapters.model_files import evaluating
 from fmops.adapters.trainer import Trained
 from fmops.adapters.trl_align import Setting, plan_examples, sample_held_out, set_up, train_between
+from fmops.artifacts import Benchmarks
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
 
@@ -83,9 +84,10 @@ def train(
     out: Path,
     context: StageContext,
     rewards: Sequence[Reward],
+    benchmarks: Benchmarks | None = None,
 ) -> tuple[Trained, dict[str, float]]:
     """Align the model in `source`; write `out/model` (and `out/adapter`). Also returns `held_out_rewards`."""
-    setting = set_up(config, source=source, out=out, context=context)
+    setting = set_up(config, source=source, out=out, context=context, benchmarks=benchmarks)
     answers = config.batch_pairs * config.answers
     micro = next(size for size in MICRO_BATCHES if answers % size == 0)
     plan = plan_examples(examples, config=config, whole=config.batch_pairs, item=ITEM, seed=context.seed)
@@ -113,6 +115,7 @@ def train(
         plan,
         setting=setting,
         measure=lambda: greedy_rewards(trainer, measured, rewards=rewards, setting=setting),
+        shown=lambda _, now: {"held_out_reward": math.fsum(now) / len(now)} if now else {},
         learnt=0,
         # The loss is a surrogate around 0; its size says nothing.
         spikes=False,

@@ -23,6 +23,7 @@ from fmops.adapters.trl_align import (
     set_up,
     train_between,
 )
+from fmops.artifacts import Benchmarks
 from fmops.errors import FmopsError, StageFailed
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
@@ -51,7 +52,14 @@ class KtoTrainer(Scoring, KTOTrainer):  # type: ignore[misc]
 
 
 def train(
-    config: Align, *, source: Path, examples: Sequence[Vote], held_out: Sequence[Vote], out: Path, context: StageContext
+    config: Align,
+    *,
+    source: Path,
+    examples: Sequence[Vote],
+    held_out: Sequence[Vote],
+    out: Path,
+    context: StageContext,
+    benchmarks: Benchmarks | None = None,
 ) -> tuple[Trained, dict[str, float]]:
     """Align the model in `source`; write `out/model` (and `out/adapter`). Also returns `held_out_votes`."""
     if context.micro_batch_parts > 1:
@@ -59,7 +67,7 @@ def train(
             "out of memory, and a batch of kto cannot be cut: its estimate of the drift would change. "
             f"Lower align.max_tokens ({config.max_tokens}), or train with LoRA."
         )
-    setting = set_up(config, source=source, out=out, context=context)
+    setting = set_up(config, source=source, out=out, context=context, benchmarks=benchmarks)
     micro = next(size for size in MICRO_BATCHES if config.batch_pairs % size == 0)
     plan = plan_examples(examples, config=config, whole=micro, item=ITEM, seed=context.seed)
     votes = [examples[index] for index in plan.order]
@@ -80,15 +88,20 @@ def train(
     )
     measured = sample_held_out(held_out, seed=context.seed)
     measured_rows = [_row(vote) for vote in measured]
+
+    def votes_after(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+        rewards = [setting.beta * (new - old) for old, new in zip(before, after, strict=True)]
+        return held_out_votes(rewards, [vote.liked for vote in measured])
+
     trained, before, after = train_between(
         trainer,
         plan,
         setting=setting,
         measure=lambda: answer_log_probs(trainer, measured_rows, batch=MICRO_BATCHES[0], dtype=setting.dtype),
+        shown=lambda old, new: _accuracy(votes_after(old, new)),
         learnt=sum(len(vote.answer) for vote in votes),
     )
-    rewards = [setting.beta * (new - old) for old, new in zip(before, after, strict=True)]
-    return trained, held_out_votes(rewards, [vote.liked for vote in measured])
+    return trained, votes_after(before, after)
 
 
 def balance(liked: int, votes: int) -> tuple[float, float]:
@@ -134,6 +147,10 @@ def held_out_votes(rewards: Sequence[float], liked: Sequence[bool]) -> dict[str,
         "reward_margin": math.fsum(good) / len(good) - math.fsum(bad) / len(bad),
         "reward_margin_standard_error": math.sqrt(_variance(good) / len(good) + _variance(bad) / len(bad)),
     }
+
+
+def _accuracy(found: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if name == "vote_accuracy"}
 
 
 def _variance(values: Sequence[float]) -> float:

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from fmops.adapters.trainer import Trained
 from fmops.adapters.trl_dpo import DpoTrainer, Pair, train_pairs
+from fmops.artifacts import Benchmarks
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
 
@@ -64,7 +65,14 @@ def log_odds(mean: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    config: Align, *, source: Path, examples: Sequence[Pair], held_out: Sequence[Pair], out: Path, context: StageContext
+    config: Align,
+    *,
+    source: Path,
+    examples: Sequence[Pair],
+    held_out: Sequence[Pair],
+    out: Path,
+    context: StageContext,
+    benchmarks: Benchmarks | None = None,
 ) -> tuple[Trained, dict[str, float]]:
     """Align the model in `source`; write `out/model` (and `out/adapter`). Also returns `held_out_preferences`."""
     return train_pairs(
@@ -75,6 +83,7 @@ def train(
         held_out=held_out,
         out=out,
         context=context,
+        benchmarks=benchmarks,
         # So TRL loads no second model; `OrpoTrainer` computes nothing beforehand either.
         precompute=True,
     )

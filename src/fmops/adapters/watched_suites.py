@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -23,12 +23,12 @@ from fmops.adapters.lm_eval import check_fit, run_task
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.adapters.model_files import evaluating
 from fmops.adapters.sharding import is_sharded
-from fmops.adapters.trainer import Measure
+from fmops.adapters.trainer import Watch
 from fmops.artifacts import Benchmarks
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.protocol import PinnedTask, read_lines
-from fmops.lifecycle import Instruct, Pretrain
+from fmops.lifecycle import Measured
 from fmops.stage import StageContext
 
 Tasks = list[tuple[PinnedTask, list[dict[str, Any]]]]
@@ -45,15 +45,16 @@ class TrainingLM(SharedPrefixLM):
         return self._trained
 
 
-def with_suites(
-    losses: Measure, config: Pretrain | Instruct, benchmarks: Benchmarks, *, source: Path, context: StageContext
-) -> tuple[Measure, Callable[[float, float], bool]]:
-    """`losses` and the scores of the suites that `config` names; and what is better in `config.metric`.
+def with_suites(watch: Watch, config: Measured, benchmarks: Benchmarks, *, source: Path, context: StageContext) -> None:
+    """`watch` also scores the suites that `config` names, and knows what is better in `watch.best` if it is one.
 
     A suite's score is the mean of its tasks' first metrics over all of its items here.
     """
     tasks = read_watched(config, benchmarks, seed=context.seed)
-    rising = any(task.suite == config.metric and task.higher_is_better for task, _ in tasks)
+    of_best = [task.higher_is_better for task, _ in tasks if task.suite == watch.best]
+    if of_best:
+        watch.better = operator.gt if any(of_best) else operator.lt
+    losses = watch.evaluate
     lm: TrainingLM | None = None
 
     def measure(model: Any) -> dict[str, float]:
@@ -69,10 +70,10 @@ def with_suites(
             scores = suite_scores(lm, tasks)
         return losses(model) | scores
 
-    return measure, operator.gt if rising else operator.lt
+    watch.evaluate = measure
 
 
-def read_watched(config: Pretrain | Instruct, benchmarks: Benchmarks, *, seed: int) -> Tasks:
+def read_watched(config: Measured, benchmarks: Benchmarks, *, seed: int) -> Tasks:
     """The watched tasks of the suites that `config` names, with `config.suite_items` items each."""
     by_suite = json.loads((benchmarks.path / "watched.json").read_text(encoding="utf-8"))
     tasks: Tasks = []

@@ -20,9 +20,9 @@ from fmops.deployment.rollout.evidence import REQUIRED, SHOWN
 from fmops.deployment.rollout.machine import ENDED, LATENCY_BUDGET, Order, RolloutConflict, advance
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.deployment.serving.supervisor import FOLDER, is_running, read_state
-from fmops.lifecycle import Monitor
 from fmops.orchestration.project import Project
 from fmops.orchestration.up import gateway_url, metrics_url
+from fmops.production import Monitor
 
 PROBE_S = 1.0
 PERCENTILES = {"p50": 0.5, "p95": 0.95}

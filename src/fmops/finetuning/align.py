@@ -11,11 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fmops.artifacts import Checkpoint, Preferences, Source
+from fmops.artifacts import Benchmarks, Checkpoint, Preferences, Source
+from fmops.curve import best_note, summary
 from fmops.errors import FmopsError
 from fmops.finetuning.preferences import read_pairs, read_prompts, read_votes
 from fmops.finetuning.rewards import load_rewards
-from fmops.lifecycle import Align
+from fmops.lifecycle import HELD_OUT_METRICS, Align
 from fmops.stage import StageContext
 
 READ: dict[str, Any] = {"dpo": read_pairs, "orpo": read_pairs, "kto": read_votes, "grpo": read_prompts}
@@ -29,6 +30,7 @@ def align(
     out: Path,
     context: StageContext,
     rewards: Source | None = None,
+    benchmarks: Benchmarks | None = None,
 ) -> Checkpoint:
     """Align `checkpoint` by `config.method`; killed, and called again, it goes on where it was.
 
@@ -39,6 +41,7 @@ def align(
         out: where model, adapter and curve are left.
         context: seed, threads, precision.
         rewards: the files of the functions that `config.reward` names.
+        benchmarks: bring the items that `config.suites` asks for.
 
     Raises:
         FmopsError: an example is too long, none is usable, the chat template is ambiguous, a reward is not to be used.
@@ -55,22 +58,27 @@ def align(
             f"{config.method} can learn from none of {preferences.path / 'train.jsonl'}. See the notes above, and name "
             "another source."
         )
-    given: dict[str, Any] = {"examples": train_set, "held_out": held_out}
+    if config.keep == "best" and config.kept_by == HELD_OUT_METRICS[config.method] and not held_out:
+        raise FmopsError(
+            f"align.keep is best, but none of the held-out examples in {preferences.path} can be measured. Add some, "
+            "name a suite as metric, or set keep to last."
+        )
+    given: dict[str, Any] = {"examples": train_set, "held_out": held_out, "benchmarks": benchmarks}
     if config.method == "grpo":
         given["rewards"] = load_rewards(config.reward, rewards, [*train_set, *held_out])
     result, measured = _trainer(config.method)(config, source=checkpoint.model, out=out, context=context, **given)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
-    losses = [row["loss"] for row in result.curve if "loss" in row]
+    kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
+    if kept is not result.curve[-1]:
+        context.note(best_note(result.curve, kept=kept, metric=config.kept_by, stopped=result.stopped))
+    told, own = summary(result.curve, last=kept), HELD_OUT_METRICS[config.method]
     return Checkpoint(
         path=out,
         stage="align",
         parameters=result.parameters,
         trained_tokens=result.trained_tokens,
-        metrics={
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
-            **measured,
-        },
+        # What is measured of held-out examples has the method's own names.
+        metrics={name: value for name, value in told.items() if not name.startswith(own)} | measured,
         licence=checkpoint.licence,
     )
 

@@ -25,7 +25,7 @@ from fmops.jobs import (
     ReleaseJob,
     origins,
 )
-from fmops.lifecycle import ExampleSource, Lifecycle
+from fmops.lifecycle import HELD_OUT_METRICS, ExampleSource, Lifecycle
 from fmops.stage import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -116,16 +116,20 @@ def watched(spec: Lifecycle, root: Path) -> dict[str, int]:
     from fmops.evaluation.suites import load_suite
 
     items: dict[str, int] = {}
-    losses = {"pretrain": ("new_bits_per_byte", "old_bits_per_byte"), "instruct": ("held_out_loss",)}
-    for key, training in (("pretrain", spec.pretrain), ("instruct", spec.instruct)):
-        measured = {*losses[key]}
+    held_out = {
+        "pretrain": ("new_bits_per_byte", "old_bits_per_byte"),
+        "instruct": ("held_out_loss",),
+        "align": (HELD_OUT_METRICS[spec.align.method],) if spec.align else (),
+    }
+    for key, training in (("pretrain", spec.pretrain), ("instruct", spec.instruct), ("align", spec.align)):
+        measured = {*held_out[key]}
         for name in training.suites if training else ():
             suite = load_suite(name, root=root, at=(key, "suites"))
             if why := _unwatchable(suite):
                 raise SpecMistake((key, "suites", name), f"{key}.suites: the suite {suite.suite} {why}")
             measured.add(suite.suite)
             items[name] = max(items.get(name, 0), training.suite_items if training else 0)
-        if training and training.metric not in measured:
+        if training and training.metric is not None and training.metric not in measured:
             raise SpecMistake((key, "metric"), str(unknown(f"{key}.metric", training.metric, measured)))
     return items
 
@@ -230,8 +234,9 @@ class _Builder:
             files = tuple(sorted({name.rpartition(":")[0] for name in spec.align.reward}))
             sources = {"rewards": files} if files else {}
             checkpoint = self.add(
-                "align", "align", spec.align, sources, checkpoint=checkpoint, preferences=self.preferences
-            )
+                "align", "align", spec.align, sources, checkpoint=checkpoint, preferences=self.preferences,
+                benchmarks=self.benchmarks if spec.align.suites else None,
+            )  # fmt: skip
         if checkpoint not in ("base", "pretrain"):
             report = self.evaluate(checkpoint, name="evaluate-candidate")
         return checkpoint, report

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from fmops.artifacts import Frozen
 from fmops.errors import FmopsError, first_mistake
-from fmops.lifecycle import Loop
+from fmops.production import Loop
 from fmops.store import write_atomically
 
 RoundStage = Literal["pretrain", "instruct", "align"]

@@ -28,9 +28,9 @@ from fmops.deployment.serving.supervisor import (
     read_state,
 )
 from fmops.errors import EXIT_FAILED, FmopsError
-from fmops.lifecycle import Serve
 from fmops.orchestration.project import Project
 from fmops.orchestration.show import find_release
+from fmops.production import Serve
 from fmops.store import write_atomically
 
 LOG = "supervisor.log"

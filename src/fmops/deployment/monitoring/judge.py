@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 from fmops.deployment.golden import engine_at
-from fmops.lifecycle import MonitorJudge
+from fmops.production import MonitorJudge
 from fmops.traces import Trace
 
 JUDGED = "judged_bad"

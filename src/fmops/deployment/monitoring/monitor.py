@@ -25,8 +25,8 @@ from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.deployment.serving.server import workspace_secret
 from fmops.errors import FmopsError, first_mistake
 from fmops.faults import fault_site
-from fmops.lifecycle import Monitor
 from fmops.locks import locked
+from fmops.production import Monitor
 from fmops.store import Store, write_atomically
 from fmops.traces import FEEDBACK, TRACES, Cursor, DayLog, Feedback, Trace
 

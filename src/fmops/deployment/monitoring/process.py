@@ -18,7 +18,7 @@ from typing import Any
 from fmops.deployment.monitoring.monitor import Watcher, describe
 from fmops.deployment.rollout.controller import Controller
 from fmops.errors import FmopsError
-from fmops.lifecycle import Monitor
+from fmops.production import Monitor
 from fmops.store import Store
 
 ROLLOUT_S, ANSWERS_S = 5.0, 60.0

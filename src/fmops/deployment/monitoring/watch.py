@@ -20,7 +20,7 @@ from fmops.deployment.monitoring.judge import JUDGED
 from fmops.deployment.monitoring.meaning import AROUND, MOST, Code, strangeness
 from fmops.deployment.monitoring.signals import BINARY
 from fmops.deployment.monitoring.topics import novelty, words_of
-from fmops.lifecycle import Monitor
+from fmops.production import Monitor
 from fmops.traces import Feedback, Trace
 
 RATES = ("failed", "slow", "disliked", JUDGED, *BINARY)

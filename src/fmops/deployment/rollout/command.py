@@ -15,7 +15,7 @@ from fmops.deployment.rollout.controller import Controller, Saved
 from fmops.deployment.rollout.machine import ENDED, Order
 from fmops.deployment.rollout.traffic import GatewayTraffic
 from fmops.errors import FmopsError
-from fmops.lifecycle import Rollout
+from fmops.production import Rollout
 from fmops.store import Store
 
 Action = Literal["start", "status", "look", "promote", "hold", "resume", "rollback"]

@@ -34,8 +34,8 @@ from fmops.deployment.rollout.traffic import LocalTraffic, Traffic
 from fmops.deployment.serving.server import workspace_secret
 from fmops.errors import FmopsError, first_mistake
 from fmops.faults import fault_site
-from fmops.lifecycle import Rollout
 from fmops.locks import locked
+from fmops.production import Rollout
 from fmops.store import Store, write_atomically
 from fmops.traces import FEEDBACK, TRACES, Cursor, DayLog, Feedback, Trace
 

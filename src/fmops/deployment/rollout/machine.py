@@ -15,7 +15,7 @@ from fmops.artifacts import Frozen
 from fmops.deployment.evalues import e_bh, minimum_detectable
 from fmops.deployment.rollout.evidence import LATENCIES, SIGNALS, Evidence
 from fmops.errors import EXIT_FAILED, FmopsError
-from fmops.lifecycle import Rollout
+from fmops.production import Rollout
 
 Phase = Literal["checking", "shadow", "canary", "held", "promoted", "rolled back"]
 Order = Literal["promote", "hold", "resume", "rollback"]

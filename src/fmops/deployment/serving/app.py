@@ -28,7 +28,7 @@ from fmops.deployment.serving.service import Answer, Service
 from fmops.deployment.serving.wire import DONE, GONE, SLOTS, bears, error_response, event, read_json
 from fmops.deployment.verify import verify_release
 from fmops.errors import FmopsError
-from fmops.lifecycle import Serve
+from fmops.production import Serve
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions; a chat may use what the context leaves."""

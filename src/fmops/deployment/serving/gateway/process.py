@@ -18,7 +18,7 @@ from fmops.deployment.serving.gateway.app import build_admin, build_gateway
 from fmops.deployment.serving.gateway.desk import Desk, Limits
 from fmops.deployment.serving.server import bind, run_server, workspace_secret
 from fmops.errors import FmopsError
-from fmops.lifecycle import Serve
+from fmops.production import Serve
 
 if TYPE_CHECKING:
     from fmops.adapters.otel import Spans
