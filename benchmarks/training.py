@@ -4,10 +4,11 @@ Enters: shapes, threads, pairs of runs. Leaves: one table, and benchmarks/result
 Refuses: to compare unequal work: every arm of a ratio reads the same samples in the same number of steps.
 
 Every arm runs in a fork of its own, in turn (A B A B …), so that its peak memory is its own and noise falls on all
-alike. Figures are CPU seconds of making the trainer and training, so the reference pass of DPO is in them. Peers keep
-their defaults but for gradient checkpointing, which is off for every arm, and the precision, which is one for all:
-float32 or, on processors that multiply in it, bfloat16. Arms named `shipped` keep both. LLaMA-Factory wants other
-versions of our libraries: LLAMAFACTORY_PYTHON names an interpreter that has it, without which its arm is absent.
+alike. Figures are CPU seconds of making the trainer and training; the reference pass of DPO is in them, reading the
+model is not. Peers keep their defaults but for gradient checkpointing, which is off for every arm, and the precision,
+which is one for all: float32 or, on processors that multiply in it, bfloat16. Arms named `shipped` keep both.
+LLaMA-Factory wants other versions of our libraries: LLAMAFACTORY_PYTHON names an interpreter that has it, without
+which its arm is absent; its figure does contain the reading.
 
     python -m benchmarks.training --quick
     python -m benchmarks.training --model PATH/TO/SmolLM2-135M-Instruct --pairs 5
