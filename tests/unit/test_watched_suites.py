@@ -403,3 +403,18 @@ def test_alignment_keeps_what_answers_held_out_pairs_best(tiny_model, tmp_path, 
     assert [row["preference_accuracy"] for row in rows] == [0.5, 0.75, 0.6, 0.7]
     assert "it got no better: the weights of step 1 are kept" in context.stream.getvalue()
     assert aligned.metrics["held_out_pairs"] > 0
+
+
+def test_held_out_votes_of_one_kind_can_choose_no_weights(tiny_model, tmp_path, context):
+    votes = some_votes(tmp_path / "votes")
+    held_out = votes.path / "held_out.jsonl"
+    liked = [line for line in held_out.read_text().splitlines() if json.loads(line)["label"]]
+    held_out.write_text("".join(line + "\n" for line in liked))
+    with pytest.raises(FmopsError, match="too few or too alike to tell vote_accuracy"):
+        align(
+            Align(method="kto", keep="best"),
+            checkpoint=a_checkpoint(tmp_path / "base", tiny_model),
+            preferences=votes,
+            out=tmp_path / "out",
+            context=context,
+        )

@@ -80,8 +80,9 @@ def _add_outer(total: torch.Tensor, slopes: torch.Tensor, rows: torch.Tensor, *,
     if slopes.dtype == torch.float32:
         torch.addmm(total, slopes.T, rows, beta=0 if first else 1, out=total)
         return
-    for start in range(0, len(total), CACHED_WORDS):
-        part = slice(start, start + CACHED_WORDS)
+    size = CACHED_WORDS if total.device.type == "cpu" else len(total)
+    for start in range(0, len(total), size):
+        part = slice(start, start + size)
         product = slopes[:, part].T @ rows
         if first:
             total[part] = product
@@ -94,7 +95,8 @@ def _slopes_in_place(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
     Shapes: logits (rows, vocabulary), labels (rows, 1); result (rows). The one is taken off before anything is rounded.
     """
-    few = max(1, CACHED_ELEMENTS // logits.shape[1])
+    # A GPU would wait for the start of each small operation.
+    few = max(1, CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     nats = []
     for block, wanted in zip(torch.split(logits, few), torch.split(labels, few), strict=True):
         logs = torch.log_softmax(block, dim=-1, dtype=torch.float32)

@@ -210,11 +210,17 @@ def train_between(
 
     def evaluate(_: Any) -> dict[str, float]:
         step = trainer.state.global_step
-        if step not in found:
+        if step:
             drawn = generators()
             found[step] = measure()
             set_generators(drawn)
         return shown(before, found[step])
+
+    if config.keep == "best" and config.metric is None and config.kept_by not in shown(before, before):
+        raise FmopsError(
+            f"align.keep is best, but the held-out examples are too few or too alike to tell {config.kept_by}. Add "
+            "some, name a suite as metric, or set keep to last."
+        )
 
     watch = Watch(
         plan=plan,

@@ -58,11 +58,6 @@ def align(
             f"{config.method} can learn from none of {preferences.path / 'train.jsonl'}. See the notes above, and name "
             "another source."
         )
-    if config.keep == "best" and config.kept_by == HELD_OUT_METRICS[config.method] and not held_out:
-        raise FmopsError(
-            f"align.keep is best, but none of the held-out examples in {preferences.path} can be measured. Add some, "
-            "name a suite as metric, or set keep to last."
-        )
     given: dict[str, Any] = {"examples": train_set, "held_out": held_out, "benchmarks": benchmarks}
     if config.method == "grpo":
         given["rewards"] = load_rewards(config.reward, rewards, [*train_set, *held_out])
