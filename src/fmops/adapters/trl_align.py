@@ -206,17 +206,18 @@ def train_between(
     """
     config, context = setting.config, setting.context
     before = measure()
-    found = {0: before}
+    found, begins = {0: before}, shown(before, before)
 
     def evaluate(_: Any) -> dict[str, float]:
         step = trainer.state.global_step
-        if step:
-            drawn = generators()
-            found[step] = measure()
-            set_generators(drawn)
+        if not step:
+            return begins
+        drawn = generators()
+        found[step] = measure()
+        set_generators(drawn)
         return shown(before, found[step])
 
-    if config.keep == "best" and config.metric is None and config.kept_by not in shown(before, before):
+    if config.keep == "best" and config.metric is None and config.kept_by not in begins:
         raise FmopsError(
             f"align.keep is best, but the held-out examples are too few or too alike to tell {config.kept_by}. Add "
             "some, name a suite as metric, or set keep to last."
