@@ -116,13 +116,19 @@ def test_rows_of_a_batch_may_hold_different_documents(tiny_model):
     assert difference.abs().max() < 1e-5
 
 
-def test_a_micro_batch_with_nothing_to_learn_moves_nothing(tiny_model):
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_micro_batch_with_nothing_to_learn_moves_nothing(adapter, tiny_model):
     model = _fast(tiny_model, [])
+    if adapter == "lora":
+        model = add_lora(model, rank=4)
     block = Block(np.arange(3, 20, dtype=np.int32), (17,), np.zeros(17, dtype=bool))
     loss = model(**collate([block]), num_items_in_batch=torch.tensor(8)).loss
     loss.backward()
     assert float(loss.detach()) == 0
-    assert all(not gradient.any() for gradient in _gradients(model).values())
+    found = _gradients(model)
+    assert all(not gradient.any() for gradient in found.values())
+    # Several processes wait for the gradient of every weight.
+    assert found.keys() == {name for name, value in model.named_parameters() if value.requires_grad}
 
 
 def test_bfloat16_keeps_the_loss_in_float32(tiny_model):

@@ -53,8 +53,11 @@ def finish_learnt_rows(model: Any) -> bool:
 
 
 def learnt_only(model: Any, learnt: torch.Tensor, *, tokens: int) -> dict[str, torch.Tensor]:
-    """The argument that spares the other tokens of a row of `tokens`, where `model` knows it and there are others."""
-    return {"learnt": learnt} if getattr(model, MARK, False) and len(learnt) < tokens else {}
+    """The argument that spares the other tokens of a row of `tokens`, where `model` knows it and there are both kinds.
+
+    A row with nothing to learn is read whole: every weight takes part in the step, for which other processes may wait.
+    """
+    return {"learnt": learnt} if getattr(model, MARK, False) and 0 < len(learnt) < tokens else {}
 
 
 @torch.no_grad()

@@ -82,4 +82,4 @@ class FusedLinear(Linear):  # type: ignore[misc]
             self.lora_B[name].weight,
             self.scaling[name],
         )
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
