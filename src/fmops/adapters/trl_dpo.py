@@ -51,6 +51,9 @@ class Pair(Protocol):
 class DpoTrainer(Scoring, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer under our watch, on pairs that are tokens already; each prompt is computed once a pair."""
 
+    refers = True
+    """Whether there is a reference model."""
+
 
 def train(
     config: Align,
@@ -61,35 +64,9 @@ def train(
     out: Path,
     context: StageContext,
     benchmarks: Benchmarks | None = None,
+    kind: type[DpoTrainer] = DpoTrainer,
 ) -> tuple[Trained, dict[str, float]]:
     """Align the model in `source`; write `out/model` (and `out/adapter`). Also returns `held_out_preferences`."""
-    # Full tuning moves the reference away, so it answers beforehand; LoRA switches its adapter off.
-    return train_pairs(
-        config,
-        DpoTrainer,
-        source=source,
-        examples=examples,
-        held_out=held_out,
-        out=out,
-        context=context,
-        benchmarks=benchmarks,
-        precompute=config.adapter == "full",
-    )
-
-
-def train_pairs(
-    config: Align,
-    kind: type[DpoTrainer],
-    *,
-    source: Path,
-    examples: Sequence[Pair],
-    held_out: Sequence[Pair],
-    out: Path,
-    context: StageContext,
-    benchmarks: Benchmarks | None,
-    precompute: bool,
-) -> tuple[Trained, dict[str, float]]:
-    """Train with `kind` on pairs; `precompute` as TRL's `precompute_ref_log_probs`."""
     setting = set_up(config, source=source, out=out, context=context, benchmarks=benchmarks)
     micro = next(size for size in MICRO_BATCHES if config.batch_pairs % size == 0)
     plan = plan_examples(examples, config=config, whole=micro, item=ITEM, seed=context.seed)
@@ -99,7 +76,8 @@ def train_pairs(
             **setting.options(plan, accumulate=config.batch_pairs // micro, micro=micro),
             beta=setting.beta,
             max_length=None,
-            precompute_ref_log_probs=precompute,
+            # Full tuning moves the reference away, so it answers beforehand; LoRA switches its adapter off.
+            precompute_ref_log_probs=config.adapter == "full" or not kind.refers,
         ),
         train_dataset=Dataset.from_list([_row(examples[index]) for index in plan.order]),
         **setting.trainer_options(by_document=True),

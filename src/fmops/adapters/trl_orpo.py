@@ -9,25 +9,23 @@ answer and keeps all logits. So TRL's DPOTrainer, which is stable and shares pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import functools
 from typing import Any
 
 import torch
 from torch.nn.functional import logsigmoid
 
-from fmops.adapters.trainer import Trained
-from fmops.adapters.trl_dpo import DpoTrainer, Pair, train_pairs
-from fmops.artifacts import Benchmarks
-from fmops.lifecycle import Align
-from fmops.stage import StageContext
+from fmops.adapters import trl_dpo
 
 NEAREST_TO_CERTAIN = -1e-6
 """Mean log-probability at which an answer's odds are cut off: at 0 they are infinite."""
 
 
-class OrpoTrainer(DpoTrainer):
+class OrpoTrainer(trl_dpo.DpoTrainer):
     """TRL's DPOTrainer with the loss of ORPO."""
+
+    # Told to compute it beforehand, TRL loads no second model; nothing is computed then, either.
+    refers = False
 
     def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
         """There is no reference."""
@@ -64,26 +62,4 @@ def log_odds(mean: torch.Tensor) -> torch.Tensor:
     return mean - torch.log(-torch.expm1(mean))
 
 
-def train(
-    config: Align,
-    *,
-    source: Path,
-    examples: Sequence[Pair],
-    held_out: Sequence[Pair],
-    out: Path,
-    context: StageContext,
-    benchmarks: Benchmarks | None = None,
-) -> tuple[Trained, dict[str, float]]:
-    """Align the model in `source`; write `out/model` (and `out/adapter`). Also returns `held_out_preferences`."""
-    return train_pairs(
-        config,
-        OrpoTrainer,
-        source=source,
-        examples=examples,
-        held_out=held_out,
-        out=out,
-        context=context,
-        benchmarks=benchmarks,
-        # So TRL loads no second model; `OrpoTrainer` computes nothing beforehand either.
-        precompute=True,
-    )
+train = functools.partial(trl_dpo.train, kind=OrpoTrainer)
