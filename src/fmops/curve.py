@@ -30,6 +30,11 @@ def summary(curve: Sequence[Row], *, last: Row) -> dict[str, float]:
     return found
 
 
+def kept_row(curve: Sequence[Row], step: int | None) -> Row:
+    """The row of the weights that were kept after `step`; the last one where no step was chosen."""
+    return next((row for row in curve if row["step"] == step), curve[-1])
+
+
 def best_note(curve: Sequence[Row], *, kept: Row, metric: str, stopped: bool) -> str:
     """That earlier weights than the last are kept, and why training ended."""
     early = f"stopped at step {curve[-1]['step']:g}, it got no better: " if stopped else ""

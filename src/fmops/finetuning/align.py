@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmops.artifacts import Benchmarks, Checkpoint, Preferences, Source
-from fmops.curve import best_note, summary
+from fmops.curve import best_note, kept_row, summary
 from fmops.errors import FmopsError
 from fmops.finetuning.preferences import read_pairs, read_prompts, read_votes
 from fmops.finetuning.rewards import load_rewards
@@ -63,7 +63,7 @@ def align(
         given["rewards"] = load_rewards(config.reward, rewards, [*train_set, *held_out])
     result, measured = _trainer(config.method)(config, source=checkpoint.model, out=out, context=context, **given)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
-    kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
+    kept = kept_row(result.curve, result.kept_step)
     if kept is not result.curve[-1]:
         context.note(best_note(result.curve, kept=kept, metric=config.kept_by, stopped=result.stopped))
     told, own = summary(result.curve, last=kept), HELD_OUT_METRICS[config.method]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmops.artifacts import Benchmarks, Checkpoint, Conversations, Corpus
-from fmops.curve import best_note, summary
+from fmops.curve import best_note, kept_row, summary
 from fmops.errors import FmopsError
 from fmops.finetuning.dialogue import Encoded, Unusable, encode_dialogue
 from fmops.lifecycle import Instruct
@@ -80,7 +80,7 @@ def instruct(
             corpus=corpus, benchmarks=benchmarks,
         )  # fmt: skip
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in result.curve))
-    kept = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
+    kept = kept_row(result.curve, result.kept_step)
     if kept is not result.curve[-1]:
         context.note(best_note(result.curve, kept=kept, metric=config.metric, stopped=result.stopped))
     return Checkpoint(

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from fmops.artifacts import Benchmarks, Checkpoint, Corpus
-from fmops.curve import Row, best_note, summary
+from fmops.curve import Row, best_note, kept_row, summary
 from fmops.errors import FmopsError
 from fmops.lifecycle import Pretrain
 from fmops.stage import StageContext
@@ -58,7 +58,7 @@ def pretrain(
         result = transformers_pretrain.train(
             config, source=checkpoint.model, corpus=corpus, out=out, keep=keep, context=context, benchmarks=benchmarks
         )
-    last = next((row for row in result.curve if row["step"] == result.kept_step), result.curve[-1])
+    last = kept_row(result.curve, result.kept_step)
     start, end = result.curve[0], result.curve[-1]
     at_ceiling = result.stopped and ceiling is not None and not within_ceiling(start, end, ceiling=ceiling)
     if at_ceiling:
