@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "quickstart"))
 sys.path.insert(0, str(ROOT / "tests"))  # example_run, fake_engine
+sys.path.append(str(ROOT / "end-to-end/vision-language"))  # tiny_vlm; behind, as it has a `prepare` of its own
 
 # helm and promtool, where `make -C infra tools` put them.
 os.environ["PATH"] = f"{ROOT / 'infra/.tools'}{os.pathsep}{os.environ['PATH']}"

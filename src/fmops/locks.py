@@ -77,13 +77,19 @@ def locked(path: Path, *, wait_s: float = 0.0) -> Iterator[Callable[[], None]]:
 
 
 def hold(path: Path) -> None:
-    """Share the lock at `path` until this process ends: meanwhile nobody gets it for himself."""
-    if path not in _shared:
+    """Share the lock at `path` until this process ends: meanwhile nobody gets it for himself.
+
+    Where its folder was removed and made anew meanwhile, it is the new file's lock that is shared.
+    """
+    held = _shared.get(path)
+    if held is None or not path.exists() or not os.path.samestat(os.fstat(held.fileno()), path.stat()):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("a+")
         # Whoever has it alone does not keep it for long.
         fcntl.flock(stream, fcntl.LOCK_SH)
         _shared[path] = stream
+        if held:
+            held.close()
     os.utime(path)
 
 

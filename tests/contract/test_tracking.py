@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def workspace(tmp_path, tables) -> tuple[Store, Path]:
 
 
 def prepared(root: Path, tables: Path, **how) -> tuple[Store, Path]:
+    # MLflow keeps an engine for each path it has seen; pytest gives the path of a passed test to the next one.
+    root = Path(tempfile.mkdtemp(dir=root))
     store, folder = write_example(root, **how)
     copy_database(tables, store.root / "mlflow.db")
     return store, folder

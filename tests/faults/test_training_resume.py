@@ -114,7 +114,6 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(stage, fault, in
 
 
 def test_a_model_that_sees_is_trained_on_from_where_it_was_killed(tmp_path):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "end-to-end/vision-language"))
     from tiny_vlm import write_tiny_vlm
 
     write_tiny_vlm(tmp_path / "model")

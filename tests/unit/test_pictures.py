@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,6 @@ from fmops.artifacts import Checkpoint, Source, SourceFile
 from fmops.deployment.serving.bodies import ChatBody, RequestError, parse_body
 from fmops.errors import FmopsError
 from fmops.pictures import NoPicture, from_url, to_url
-
-CASE = Path(__file__).resolve().parents[2] / "end-to-end/vision-language"
-sys.path.insert(0, str(CASE))
 
 
 def png(colour="red", size=(32, 32)):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fmops.artifacts import Conversations
 from fmops.errors import FmopsError, IntegrityError
-from fmops.locks import holder, locked
+from fmops.locks import Busy, hold, holder, locked
 from fmops.store import RECORD, Record, Store, content_digest, file_entries, fingerprint_of, utc_now
 
 
@@ -156,6 +157,15 @@ def test_file_entries_are_in_name_order(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert list(file_entries(tmp_path)) == ["a", "b", "c/d"]
+
+
+def test_a_folder_that_is_removed_and_made_anew_is_held_anew(tmp_path):
+    lock = tmp_path / "workspace" / "copy.use"
+    hold(lock)
+    shutil.rmtree(lock.parent)
+    hold(lock)
+    with pytest.raises(Busy), locked(lock):
+        pass
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
