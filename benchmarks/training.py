@@ -6,7 +6,8 @@ Refuses: to compare unequal work: every arm of a ratio reads the same samples in
 Every arm runs in a fork of its own, in turn (A B A B …), so that its peak memory is its own and noise falls on all
 alike. Figures are CPU seconds of making the trainer and training; the reference pass of DPO is in them, reading the
 model is not. Peers keep their defaults but for gradient checkpointing, which is off for every arm, and the precision,
-which is one for all: float32 or, on processors that multiply in it, bfloat16. Arms named `shipped` keep both.
+which is one for all: float32 or, on processors that multiply in it, bfloat16. Arms named `shipped` keep both; ratios
+named `chosen` set ours as shipped, whose precision is measured on the machine, beside peers in float32.
 LLaMA-Factory wants other versions of our libraries: LLAMAFACTORY_PYTHON names an interpreter that has it, without
 which its arm is absent; its figure does contain the reading.
 
@@ -47,12 +48,18 @@ RATIOS = {
     "dpo_vs_trl_shipped": ("dpo_shipped", "dpo_trl_shipped"),
     "cpt_vs_trainer": ("cpt", "cpt_trainer"),
     "cpt_vs_trainer_leaking": ("cpt", "cpt_trainer_leaking"),
+    "sft_chosen_vs_trl_padded": ("sft_shipped", "sft_trl_padded"),
+    "sft_chosen_vs_trl_packed": ("sft_shipped", "sft_trl_packed"),
+    "dpo_chosen_vs_trl": ("dpo_shipped", "dpo_trl"),
+    "cpt_chosen_vs_trainer": ("cpt_shipped", "cpt_trainer"),
     "lora_vs_full": ("sft_lora", "sft"),
     "lora_vs_peft": ("sft_lora", "sft_lora_peft"),
     "bfloat16_vs_float32": ("sft_bfloat16", "sft"),
 }
 """Name → (ours, peer); the ratio is the peer's CPU seconds over ours."""
-OF_FLOAT32 = {"sft_vs_trl_shipped", "dpo_vs_trl_shipped", "sft_vs_llamafactory", "bfloat16_vs_float32"}
+CHOSEN = {name for name in RATIOS if "_chosen_" in name}
+"""Ours in the precision that our stages choose by a measurement here, the peer in float32."""
+OF_FLOAT32 = {"sft_vs_trl_shipped", "dpo_vs_trl_shipped", "sft_vs_llamafactory", "bfloat16_vs_float32", *CHOSEN}
 """Ratios whose arms take no precision from the command line."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 

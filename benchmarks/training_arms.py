@@ -19,6 +19,7 @@ import numpy as np
 
 SAMPLES_A_STEP = 16
 PAIRS_A_STEP = 8
+"""What TRL's trainers take at a time by default."""
 BLOCKS_A_STEP = 4
 BLOCK = 1024
 MEAN, SPREAD = 163, 0.8
@@ -40,12 +41,8 @@ class Setting:
 
     @property
     def large(self) -> bool:
-        """A real model: a step reads half as many pairs and blocks, or the peers would need more memory and a day."""
+        """A real model: a step reads half as many blocks, or the peers would need more memory and a day."""
         return self.vocabulary > 10_000
-
-    @property
-    def pairs_a_step(self) -> int:
-        return PAIRS_A_STEP // 2 if self.large else PAIRS_A_STEP
 
     @property
     def blocks_a_step(self) -> int:
@@ -65,7 +62,7 @@ class Setting:
         return [(self.tokens(size, seed=index), size // 2) for index, size in enumerate(sizes)]
 
     def pairs(self) -> list[dict[str, list[int]]]:
-        count = self.steps * self.pairs_a_step
+        count = self.steps * PAIRS_A_STEP
         parts = zip(
             *(self.lengths(count, mean=mean, seed=i) for i, mean in enumerate((MEAN, ANSWER, ANSWER))), strict=True
         )
@@ -292,7 +289,7 @@ def _dpo(*, fast: bool, shipped: bool = False) -> Callable[[Setting], Any]:
 
             attend_by_document(model, note=sys.exit)
             options = {"note": sys.exit}
-        arguments = _arguments(setting, batch=setting.pairs_a_step)
+        arguments = _arguments(setting, batch=PAIRS_A_STEP)
         if shipped:
             arguments = arguments | {"bf16": _taken_here()} if fast else _as_shipped(arguments)
         return kind(
@@ -311,7 +308,7 @@ def _as_it_is(trainer: Any, dataset: Any, *_: Any, **__: Any) -> Any:
     return dataset
 
 
-def _cpt(how: str) -> Callable[[Setting], Any]:
+def _cpt(how: str, **arithmetic: Callable[[], bool]) -> Callable[[Setting], Any]:
     """Continued pretraining on equal blocks: ours; Trainer with documents apart; Trainer with documents leaking."""
 
     def make(setting: Setting) -> Any:
@@ -333,7 +330,8 @@ def _cpt(how: str) -> Callable[[Setting], Any]:
         return kind(
             model=_model(setting, fast=how == "ours"),
             args=TrainingArguments(
-                **_arguments(setting, batch=batch, accumulate=setting.blocks_a_step // batch),
+                **_arguments(setting, batch=batch, accumulate=setting.blocks_a_step // batch)
+                | {name: say() for name, say in arithmetic.items()},
                 remove_unused_columns=False,
             ),
             train_dataset=blocks,
@@ -401,6 +399,7 @@ ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting], dict[str, An
     "dpo_shipped": (_dpo(fast=True, shipped=True), _dpo_work),
     "dpo_trl_shipped": (_dpo(fast=False, shipped=True), _dpo_work),
     "cpt": (_cpt("ours"), _cpt_work),
+    "cpt_shipped": (_cpt("ours", bf16=_taken_here), _cpt_work),
     "cpt_trainer": (_cpt("apart"), _cpt_work),
     "cpt_trainer_leaking": (_cpt("leaking"), _cpt_work),
 }
