@@ -115,25 +115,27 @@ def _one(
     prefix, *branches = document
     if len(branches) < 2:
         return _causal(query, key, value, scaling)
-    found = []
-    for index, end in enumerate(accumulate(branches[:-1], initial=0)):
-        places = torch.arange(prefix + branches[index], device=query.device)
-        places[prefix:] += end
-        # The prefix is attended from once a branch: a mask would cost more than it saves.
-        q, k, v = (x.index_select(2, places) for x in (query, key, value))
-        attended = _causal(q, k, v, scaling)
-        found.append(attended[:, prefix:] if index else attended)
+    end = prefix + branches[0]
+    found = [_causal(query[:, :, :end], key[:, :, :end], value[:, :, :end], scaling)]
+    for length in branches[1:]:
+        start, end = end, end + length
+        k, v = (torch.cat([x[:, :, :prefix], x[:, :, start:end]], dim=2) for x in (key, value))
+        found.append(_causal(query[:, :, start:end], k, v, scaling))
     return torch.cat(found, dim=1)
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """(1, queries, heads, head size); the queries are the last of the keys' tokens."""
     # Under autocast the positions have made queries and keys float32; values are what the layer computes in.
     device, dtype = query.device.type, value.dtype
-    inside = torch.float32 if device == "cpu" and query.shape[2] < LONG else dtype
+    rows, keys = query.shape[2], key.shape[2]
+    inside = torch.float32 if device == "cpu" and keys < LONG else dtype
+    seen = query.new_ones(rows, keys, dtype=torch.bool).tril(keys - rows) if rows < keys else None
     with torch.autocast(device, enabled=False):
         found = scaled_dot_product_attention(
-            query.to(inside), key.to(inside), value.to(inside), is_causal=True, scale=scaling, enable_gqa=True
-        )
+            query.to(inside), key.to(inside), value.to(inside),
+            attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True,
+        )  # fmt: skip
     return found.to(dtype).transpose(1, 2)
 
 

@@ -145,7 +145,8 @@ class Site:
         while self._desk.mirrors:
             await asyncio.gather(*self._desk.mirrors)
         wall, cpu = time.monotonic(), time.process_time()
-        said = tuple(self._runner.look())
+        # In a thread of its own, as the loop is a process of its own: Dagster wants an event loop for itself.
+        said = tuple(await asyncio.to_thread(self._runner.look))
         cpu_s = time.process_time() - cpu + sum(record.cost.get("cpu_s", 0.0) for record in self._new_stages())
         look = Look(
             requests=len(self.served), at_s=self.now_s, said=said,
