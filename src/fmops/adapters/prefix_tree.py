@@ -129,24 +129,28 @@ class _Planner:
     def _pack(self, units: list[tuple[int, int]], depth: int, parent: int | None) -> None:
         """Fill steps with units in their order; neighbours in a step share what they have in common there."""
         step = Step(parent, depth)
-        before: tuple[int, ...] | None = None
+        before: int | None = None
         path: list[int] = []
         for first, last in units:
-            common = _common(before, self.sorted[first]) - depth if before else 0
+            common = self._known(before, first, depth)
             if step.tokens and len(step.tokens) + self._size(first, last, depth) - common > self.pack_tokens:
                 self.steps.append(step)
                 step, before = Step(parent, depth), None
             for place in range(first, last + 1):
                 tokens = self.sorted[place]
-                known = _common(before, tokens) - depth if before else 0
+                known = self._known(before, place, depth)
                 new = len(tokens) - depth - known
                 path = [*path[:known], *range(len(step.tokens), len(step.tokens) + new)]
                 step.tokens += tokens[depth + known :]
                 step.depths += range(known, known + new)
                 step.spans += self._spans(place, depth, path)
-                before = tokens
+                before = place
         if step.tokens:
             self.steps.append(step)
+
+    def _known(self, before: int | None, place: int, depth: int) -> int:
+        """Tokens beyond `depth` that a read shares with one before it: the least that any two between them share."""
+        return 0 if before is None else min(self.common[before + 1 : place + 1]) - depth
 
     def _spans(self, place: int, start: int, path: list[int]) -> list[Span]:
         """What is scored of one request where its positions from `start` on lie at `path`."""
