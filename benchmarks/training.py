@@ -57,9 +57,7 @@ RATIOS = {
     "bfloat16_vs_float32": ("sft_bfloat16", "sft"),
 }
 """Name → (ours, peer); the ratio is the peer's CPU seconds over ours."""
-CHOSEN = {name for name in RATIOS if "_chosen_" in name}
-"""Ours in the precision that our stages choose by a measurement here, the peer in float32."""
-OF_FLOAT32 = {"sft_vs_trl_shipped", "dpo_vs_trl_shipped", "sft_vs_llamafactory", "bfloat16_vs_float32", *CHOSEN}
+OF_FLOAT32 = {name for name, (ours, peer) in RATIOS.items() if ours.endswith(("_shipped", "_bfloat16")) or peer == ARM}
 """Ratios whose arms take no precision from the command line."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,12 @@ def _taken_here() -> bool:
     return bfloat16_gain() >= PRECISION_GAIN
 
 
-def _sft(adapter: str, **arithmetic: Callable[[], bool]) -> Callable[[Setting], Any]:
+def _in_bf16(make: Callable[[Setting], Any], *, when: Callable[[], bool]) -> Callable[[Setting], Any]:
+    """An arm that multiplies in bfloat16 or in float32 whatever the others do."""
+    return lambda setting: make(replace(setting, bf16=when()))
+
+
+def _sft(adapter: str) -> Callable[[Setting], Any]:
     """Instruction tuning as `fmops.adapters.trl_sft` sets it up."""
 
     def make(setting: Setting) -> Any:
@@ -212,8 +217,7 @@ def _sft(adapter: str, **arithmetic: Callable[[], bool]) -> Callable[[Setting], 
         return _unwatched(SftTrainer)(
             model=model,
             args=SFTConfig(
-                **_arguments(setting, batch=1, accumulate=math.ceil(len(blocks) / setting.steps))
-                | {name: say() for name, say in arithmetic.items()},
+                **_arguments(setting, batch=1, accumulate=math.ceil(len(blocks) / setting.steps)),
                 dataset_kwargs={"skip_prepare_dataset": True},
                 max_length=None,
                 remove_unused_columns=False,
@@ -271,7 +275,7 @@ def _sft_trl(*, packing: bool, shipped: bool = False) -> Callable[[Setting], Any
 def _dpo(*, fast: bool, shipped: bool = False) -> Callable[[Setting], Any]:
     """Full tuning with the reference: ours beforehand with shared prompts, TRL's as it comes, beside the policy.
 
-    `shipped` is arithmetic as its users get it: ours as measured here, TRL's by its defaults.
+    `shipped` leaves TRL its own arithmetic.
     """
 
     def make(setting: Setting) -> Any:
@@ -291,7 +295,7 @@ def _dpo(*, fast: bool, shipped: bool = False) -> Callable[[Setting], Any]:
             options = {"note": sys.exit}
         arguments = _arguments(setting, batch=PAIRS_A_STEP)
         if shipped:
-            arguments = arguments | {"bf16": _taken_here()} if fast else _as_shipped(arguments)
+            arguments = _as_shipped(arguments)
         return kind(
             model=model,
             args=DPOConfig(**arguments, max_length=BLOCK, precompute_ref_log_probs=fast),
@@ -308,7 +312,7 @@ def _as_it_is(trainer: Any, dataset: Any, *_: Any, **__: Any) -> Any:
     return dataset
 
 
-def _cpt(how: str, **arithmetic: Callable[[], bool]) -> Callable[[Setting], Any]:
+def _cpt(how: str) -> Callable[[Setting], Any]:
     """Continued pretraining on equal blocks: ours; Trainer with documents apart; Trainer with documents leaking."""
 
     def make(setting: Setting) -> Any:
@@ -330,8 +334,7 @@ def _cpt(how: str, **arithmetic: Callable[[], bool]) -> Callable[[Setting], Any]
         return kind(
             model=_model(setting, fast=how == "ours"),
             args=TrainingArguments(
-                **_arguments(setting, batch=batch, accumulate=setting.blocks_a_step // batch)
-                | {name: say() for name, say in arithmetic.items()},
+                **_arguments(setting, batch=batch, accumulate=setting.blocks_a_step // batch),
                 remove_unused_columns=False,
             ),
             train_dataset=blocks,
@@ -389,17 +392,17 @@ ARMS: dict[str, tuple[Callable[[Setting], Any], Callable[[Setting], dict[str, An
     "sft": (_sft("full"), sft_work),
     "sft_lora": (_sft("lora"), sft_work),
     "sft_lora_peft": (_sft("peft"), sft_work),
-    "sft_bfloat16": (_sft("full", bf16=lambda: True), sft_work),
-    "sft_shipped": (_sft("full", bf16=_taken_here), sft_work),
+    "sft_bfloat16": (_in_bf16(_sft("full"), when=lambda: True), sft_work),
+    "sft_shipped": (_in_bf16(_sft("full"), when=_taken_here), sft_work),
     "sft_trl_shipped": (_sft_trl(packing=False, shipped=True), sft_work),
     "sft_trl_padded": (_sft_trl(packing=False), sft_work),
     "sft_trl_packed": (_sft_trl(packing=True), sft_work),
     "dpo": (_dpo(fast=True), _dpo_work),
     "dpo_trl": (_dpo(fast=False), _dpo_work),
-    "dpo_shipped": (_dpo(fast=True, shipped=True), _dpo_work),
+    "dpo_shipped": (_in_bf16(_dpo(fast=True), when=_taken_here), _dpo_work),
     "dpo_trl_shipped": (_dpo(fast=False, shipped=True), _dpo_work),
     "cpt": (_cpt("ours"), _cpt_work),
-    "cpt_shipped": (_cpt("ours", bf16=_taken_here), _cpt_work),
+    "cpt_shipped": (_in_bf16(_cpt("ours"), when=_taken_here), _cpt_work),
     "cpt_trainer": (_cpt("apart"), _cpt_work),
     "cpt_trainer_leaking": (_cpt("leaking"), _cpt_work),
 }
