@@ -144,17 +144,24 @@ def test_alerts_fire_and_are_called_off_on_a_real_gateway(tmp_path):
 
                     until(told, within_s=60)
 
-                asking_until("hello", lambda: "FmopsWatchdog" in pager.firing)
-                assert not pager.firing & {"FmopsErrorBudgetBurnsFast", "FmopsSecretInAnswer", "FmopsGatewayGone"}
+                # Two minutes without a scrape are two seconds here, which a busy machine needs to start: it must end.
+                alarms = {"FmopsErrorBudgetBurnsFast", "FmopsSecretInAnswer", "FmopsGatewayGone"}
+                asking_until("hello", lambda: pager.firing >= {"FmopsWatchdog"} and not pager.firing & alarms)
+                assert not pager.told & (alarms - {"FmopsGatewayGone"})
                 # The engine fails; then its circuit opens, which is a failure to the client as well.
                 asking_until("[500]", lambda: "FmopsErrorBudgetBurnsFast" in pager.firing)
                 asking_until("hello", lambda: "FmopsErrorBudgetBurnsFast" not in pager.firing)
                 engine.words = ["It is AKIAIOSFODNN7EXAMPLE."]
                 asking_until("What is my key?", lambda: "FmopsSecretInAnswer" in pager.firing)
                 engine.words = None
-                ratio = "fmops:request_errors:ratio_rate5m"
-                found = httpx.get(f"{prometheus}/api/v1/query", params={"query": ratio}).json()
-                assert float(found["data"]["result"][0]["value"][1]) == 0.0
+
+                def errors() -> list[float]:
+                    """What the recording rule says; empty for a moment when a scrape was missed."""
+                    query = {"query": "fmops:request_errors:ratio_rate5m"}
+                    found = httpx.get(f"{prometheus}/api/v1/query", params=query).json()["data"]["result"]
+                    return [float(series["value"][1]) for series in found]
+
+                until(lambda: errors() == [0.0], within_s=60)
             # Nobody looks at the answers here, and now the gateway is gone, too.
             until(lambda: {"FmopsGatewayGone", "FmopsMonitorSilent"} <= pager.firing, within_s=60)
         finally:
