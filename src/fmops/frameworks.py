@@ -6,7 +6,6 @@ Refuses: a framework that is not here, with how to get it; to pass on the user's
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmops.errors import FmopsError, Terminated
+from fmops.processes import end_with_parent
 
-PR_SET_PDEATHSIG = 1
 START_RANKS = ("torchtitan", "llama-factory")
 """A stage's frameworks that make their own processes of a training, so that the stage itself runs once."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
@@ -102,7 +101,9 @@ def follow(
         log.open("ab") as errors,
         subprocess.Popen(
             command, cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            text=True, errors="replace", preexec_fn=_die_with_parent,
+            text=True, errors="replace",
+            # Not KILL: it takes its own processes along.
+            preexec_fn=lambda: end_with_parent(signal.SIGTERM),
         ) as process,
     ):  # fmt: skip
 
@@ -129,9 +130,3 @@ def last_words(log: Path, lines: int = 3) -> str:
     """The end of what a framework said, on one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text("utf-8", "replace")) if log.is_file() else ""
     return " / ".join(line.strip() for line in text.strip().splitlines()[-lines:])
-
-
-def _die_with_parent() -> None:
-    """Linux: SIGTERM for the framework once this process is gone, so that it takes its own processes along."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,7 +6,6 @@ Refuses: damaged inputs, a second writer in the same folder, a fingerprint other
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -25,6 +24,7 @@ from fmops.locks import locked
 from fmops.orchestration.plan import Step
 from fmops.orchestration.project import Project
 from fmops.orchestration.ranks import run_in_ranks
+from fmops.processes import end_with_parent
 from fmops.stage import StageContext
 from fmops.store import WORK, Record, content_digest, discard_work, file_entries, utc_now
 
@@ -202,13 +202,7 @@ def die_with_parent() -> None:
     expected = os.environ.get(PARENT)
     if not expected or not sys.platform.startswith("linux"):
         return
-    library = ctypes.CDLL(None, use_errno=True)
-    pr_set_pdeathsig = 1
-
-    def bind() -> None:
-        library.prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-    bind()
-    os.register_at_fork(after_in_child=bind)
+    end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)
     if os.getppid() != int(expected):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,7 +8,6 @@ The stage process is their parent and holds the lock; each rank calls the very f
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -25,12 +24,12 @@ from pydantic import BaseModel
 from fmops.artifacts import Artifact
 from fmops.errors import EXIT_FAILED, EXIT_MEMORY, FmopsError, OutOfMemory, StageFailed, Terminated
 from fmops.orchestration.watchdog import memory_kills
+from fmops.processes import end_with_parent
 from fmops.stage import StageContext
 
 RESTARTS = 3
 """Times that a job is started again after a process of it died."""
 JOB = "ranks.json"
-PR_SET_PDEATHSIG = 1
 _ENDINGS = {kind.exit_code: kind for kind in (StageFailed, OutOfMemory, Terminated)}
 
 
@@ -123,7 +122,7 @@ def _follow(command: list[str], *, environment: dict[str, str], context: StageCo
     """Start torchrun, pass its ranks' reports on, return their endings by kind once it is gone."""
     endings: dict[str, Any] = {}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=_die_with_parent
+        command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=end_with_parent
     ) as torchrun:
         before = signal.signal(signal.SIGTERM, lambda *_: torchrun.send_signal(signal.SIGTERM))
         try:
@@ -244,17 +243,11 @@ def _report(reports: TextIO, event: dict[str, Any]) -> None:
     reports.flush()
 
 
-def _die_with_parent() -> None:
-    """Linux: SIGKILL for this process once its parent is gone; a job without its stage would write beside the next."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main(job: Path) -> None:
     """One rank, as torchrun starts it."""
     from fmops.adapters import ranks
 
-    _die_with_parent()
+    end_with_parent()
     reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with failure_reported(reports), ranks.joined():

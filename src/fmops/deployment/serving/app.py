@@ -10,6 +10,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -140,9 +141,8 @@ class _Api:
             or max(1, self._service.engine.tokenizer.context_tokens - len(prompt))
         )
         top = (body.top_logprobs or 0) if body.logprobs else None
-        return await self._answer(
-            request, body, prompt, kind="chat", max_tokens=asked, top_logprobs=top, pictures=shown
-        )
+        generation = replace(_generation(body, prompt, asked), top_logprobs=top or 0, pictures=shown)
+        return await self._answer(request, body, generation, kind="chat", top_logprobs=top)
 
     async def complete(self, request: Request) -> Response:
         self._service.refuse_early()
@@ -155,15 +155,10 @@ class _Api:
             else list(given)
         )
         asked = body.max_tokens or COMPLETION_TOKENS
-        return await self._answer(
-            request,
-            body,
-            prompt,
-            kind="text_completion",
-            max_tokens=asked,
-            top_logprobs=body.logprobs,
-            scores_prompt=bool(body.echo),
+        generation = replace(
+            _generation(body, prompt, asked), top_logprobs=body.logprobs or 0, scores_prompt=bool(body.echo)
         )
+        return await self._answer(request, body, generation, kind="text_completion", top_logprobs=body.logprobs)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -220,19 +215,12 @@ class _Api:
             raise RequestError(str(error), param=param, code="invalid_value") from None
 
     async def _answer(
-        self, request: Request, body: Sampling, prompt: list[int], *, kind: Kind, max_tokens: int,
-        top_logprobs: int | None, scores_prompt: bool = False, pictures: tuple[str, ...] = (),
-    ) -> Response:  # fmt: skip
-        temperature = 1.0 if body.temperature is None else body.temperature
-        generation = Generation(
-            prompt=tuple(prompt), max_tokens=max_tokens, temperature=temperature, top_p=body.top_p or 1.0,
-            seed=body.seed, stop=tuple(body.stop or ()), top_logprobs=top_logprobs or 0,
-            scores_prompt=scores_prompt, pictures=pictures, cache_salt=body.cache_salt or "",
-        )  # fmt: skip
+        self, request: Request, body: Sampling, generation: Generation, *, kind: Kind, top_logprobs: int | None
+    ) -> Response:
         answer = self._service.open(generation, operation=kind)
         reply = Reply(
             kind, engine=self._service.engine, model=self._name, version=self._service.version,
-            prompt_tokens=len(prompt), top_logprobs=top_logprobs, request_id=_request_id(request),
+            prompt_tokens=len(generation.prompt), top_logprobs=top_logprobs, request_id=_request_id(request),
         )  # fmt: skip
         if body.stream:
             return _EventStream(_events(answer, reply, usage=body.wants_usage), answer)
@@ -243,6 +231,14 @@ class _Api:
         finally:
             answer.close()
         return Response(status_code=GONE) if tokens is None else JSONResponse(reply.whole(tokens))
+
+
+def _generation(body: Sampling, prompt: list[int], max_tokens: int) -> Generation:
+    """What both kinds of request ask of the engine alike."""
+    return Generation(
+        prompt=tuple(prompt), max_tokens=max_tokens, temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=body.top_p or 1.0, seed=body.seed, stop=tuple(body.stop or ()), cache_salt=body.cache_salt or "",
+    )  # fmt: skip
 
 
 def _request_id(request: Request) -> str:

@@ -20,7 +20,7 @@ from fmops.deployment.serving.bodies import ChatBody, CompletionBody, RequestErr
 from fmops.deployment.serving.gateway.budget import Budgets, Loan
 from fmops.deployment.serving.gateway.keys import KEYS, KeyRing
 from fmops.deployment.serving.gateway.metrics import GatewayMetrics
-from fmops.deployment.serving.gateway.tracing import Exchange, Measure, Operation
+from fmops.deployment.serving.gateway.tracing import Exchange, Operation
 from fmops.deployment.serving.gateway.upstream import Upstream
 from fmops.deployment.serving.routes import ROUTES, RoutesFile
 from fmops.traces import FEEDBACK, TRACES, DayLog, Feedback, Trace
@@ -91,16 +91,15 @@ class Desk:
 
     def __init__(
         self, workspace: Path, *, secret: str, limits: Limits | None = None, per_user: bool = False,
-        measure: Measure = measure, clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time, spans: Spans | None = None,
     ) -> None:  # fmt: skip
         self.spans = spans
         self.limits, self.secret, self.per_user = limits or Limits(), secret, per_user
-        self.clock, self.wall_clock, self._measure = clock, wall_clock, measure
+        self.clock, self.wall_clock = time.monotonic, wall_clock
         self.keys = KeyRing(workspace / KEYS)
-        self.budgets = Budgets(clock=clock)
+        self.budgets = Budgets()
         self.routes = RoutesFile(workspace / ROUTES)
-        self.engines = Upstream(key=secret, clock=clock)
+        self.engines = Upstream(key=secret)
         self.traces: DayLog[Trace] = DayLog(workspace / TRACES, Trace)
         self.feedback: DayLog[Feedback] = DayLog(workspace / FEEDBACK, Feedback)
         self.draining = False
@@ -162,7 +161,7 @@ class Desk:
 
     def remember(self, exchange: Exchange) -> Trace:
         """Write the trace of an exchange and count it. A disk that fails costs the trace, not the answer."""
-        trace = exchange.trace(now=self.clock(), measure=self._measure)
+        trace = exchange.trace(now=self.clock(), measure=measure)
         self.metrics.answered(trace)
         if exchange.span:
             exchange.span.end(trace)
