@@ -7,8 +7,7 @@ Both sides get the same requests, made by the harness, in one process and one th
 theirs). Ours scores all items; theirs takes many times as long and scores every k-th of them, over the whole range.
 A ratio compares CPU seconds an item; `arithmetic` the multiplications by weights, the gain at equal speed. `hf`
 runs with batch size 8 and with 64, the most that its `auto` tries; the search that `auto` makes is not counted against
-it. The better of the two is what counts. Differences are to `hf` as it ships, and to `hf` with its normaliser in
-float64 (its option softmax_dtype), without which its own rounding is most of them.
+it. The better of the two is what counts. Differences are to `hf` as it ships.
 """
 
 from __future__ import annotations
@@ -193,27 +192,8 @@ def differences(name: str, lm: SharedPrefixLM, model: Any, *, scale: float) -> d
     """How far both sides' results lie apart, without the time that they take."""
     items, step, kind = asked_of(name, lm, scale=scale)
     ours = timed(getattr(lm, kind), items)[1][::step]
-    return agreement(items[::step], ours, _theirs(lm, model, items[::step], kind), lm, kind) | _in_float64(
-        lm, model, items[::step], ours, kind
-    )
-
-
-def _theirs(lm: SharedPrefixLM, model: Any, items: list[list[Instance]], kind: str, **options: Any) -> list[list[Any]]:
-    harness = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=8, device="cpu", **options)
-    return timed(getattr(harness, kind), items)[1]
-
-
-def _in_float64(
-    lm: SharedPrefixLM, model: Any, items: list[list[Instance]], ours: list[list[Any]], kind: str
-) -> dict[str, Any]:
-    """The same differences where `hf` also normalises in float64, by its own `softmax_dtype`; both models float32.
-
-    In float32 its normaliser is off by 1e-6 a token, always to one side, which adds up over an answer.
-    """
-    if kind == "generate_until":
-        return {}
-    found = agreement(items, ours, _theirs(lm, model, items, kind, softmax_dtype="float64"), lm, kind)
-    return {f"{key}_in_float64": found[key] for key in ("items_that_differ", "max_abs_loglik_difference")}
+    harness = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=8, device="cpu")
+    return agreement(items[::step], ours, timed(getattr(harness, kind), items[::step])[1], lm, kind)
 
 
 def measure(
@@ -242,7 +222,6 @@ def measure(
         "cpu_seconds_per_item": seconds, "peak_mb": peaks,
         "arithmetic": {side: round(products[side] / products["ours"], 2) for side in seconds if side != "ours"},
         **agreement(items[::step], results["ours"][::step], results[best], lm, kind),
-        **_in_float64(lm, model, items[::step], results["ours"][::step], kind),
     })  # fmt: skip
 
 
@@ -353,12 +332,9 @@ def write(
     before = report["models"].setdefault(model, {"cases": {}})
     cases = before["cases"] | {name: joined(before["cases"].get(name), case) for name, case in found.items()}
     key = "max_abs_loglik_difference"
-    exact = [case[f"{key}_in_float64"] for case in cases.values() if f"{key}_in_float64" in case]
-    shipped = [case[key] for case in cases.values() if key in case]
     report["models"][model] = {
         "ratios": {f"{name}_vs_hf": case["ratio"] for name, case in sorted(cases.items())},
-        key: max(exact, default=None),
-        f"{key}_as_shipped": max(shipped, default=None),
+        key: max((case[key] for case in cases.values() if key in case), default=None),
         "items_that_differ": sum(case["items_that_differ"] for case in cases.values()),
         "cases": dict(sorted(cases.items())),
         "spread": spread or before.get("spread"),
@@ -366,8 +342,7 @@ def write(
     }
     largest = max(report["models"].values(), key=lambda entry: entry.get("parameters", 0))
     report |= {
-        "ratios": largest["ratios"], key: largest[key], f"{key}_as_shipped": largest.get(f"{key}_as_shipped"),
-        f"{key}_is": "to `hf` with softmax_dtype=float64; as_shipped: with its float32 normaliser",
+        "ratios": largest["ratios"], key: largest[key],
         "items_that_differ": largest["items_that_differ"],
         "command": "python -m benchmarks.evaluation", "unit": "CPU seconds an item, one thread, float32",
         "versions": {

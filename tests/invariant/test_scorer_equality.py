@@ -120,8 +120,8 @@ def test_documents_roll_on_past_the_models_length(ours, theirs, monkeypatch):
     assert all(abs(a - b) < TOLERANCE * 10 for a, b in zip(mine, reference, strict=True))
 
 
-def test_long_answers_are_nearer_to_float64_than_the_reference(ours, theirs, tiny_model):
-    """Over long answers float32's own error passes 1e-4, in `hf` first: what is promised is nearness to the truth."""
+def test_long_answers_score_as_the_reference_and_near_to_float64(ours, theirs, tiny_model):
+    """Over hundreds of tokens float32's rounding adds up; it must be the reference's own, and no further from truth."""
     rng = random.Random(19)
     requests = [request("loglikelihood", text(rng, 20), " " + text(rng, 400)) for _ in range(6)]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64, attn_implementation="sdpa").eval()
@@ -133,9 +133,9 @@ def test_long_answers_are_nearer_to_float64_than_the_reference(ours, theirs, tin
             logs = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0], dim=-1)
         places = range(len(context) - 1, ids.shape[1] - 1)
         exact.append((sum(float(logs[place, ids[0, place + 1]]) for place in places), False))
-    mine = largest_gap(ours.loglikelihood(requests), exact)
-    assert mine < TOLERANCE
-    assert mine <= largest_gap(theirs.loglikelihood(requests, disable_tqdm=True), exact)
+    mine, reference = ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True)
+    assert largest_gap(mine, reference) < TOLERANCE
+    assert largest_gap(mine, exact) < largest_gap(reference, exact) + TOLERANCE
 
 
 def test_a_context_too_long_for_the_model_loses_its_beginning(ours, theirs, monkeypatch):

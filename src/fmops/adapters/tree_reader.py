@@ -20,8 +20,8 @@ from fmops.adapters.tree_attention import Tree, register
 
 MOST_ROWS = 0.75
 """Share of the rows of a pass from which on picking them out saves nothing."""
-NORMALISED_ROWS = 16
-"""Rows of logits that are exponentiated together: their copy stays in the processor's cache."""
+NORMALISED = 2**20
+"""Logits that are normalised together: their copy stays in the processor's cache."""
 
 
 def shares_prefixes(model: Any) -> bool:
@@ -118,23 +118,25 @@ class TreeReader:
         spans = self.steps[index].spans
         kept = sorted({place for span in spans for place in span.places})
         row = {place: number for number, place in enumerate(kept)}
-        logits = self.read(index, kept)
-        parts = torch.split(logits, NORMALISED_ROWS)
-        normaliser = torch.cat([part.logsumexp(-1) for part in parts])
-        best = torch.cat([part.amax(-1) for part in parts])
         rows = torch.tensor([row[place] for span in spans for place in span.places])
         tokens = torch.tensor(
             [token for span in spans for token in answers[span.request][span.offset :][: len(span.places)]]
         )
-        chosen = logits[rows, tokens]
-        greedy = chosen == best[rows]
-        for tie in greedy.nonzero()[:, 0].tolist():
-            # Among equals, greedy decoding takes the first.
-            greedy[tie] = logits[rows[tie]].argmax() == tokens[tie]
+        chosen, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
+        logits = self.read(index, kept)
+        height = max(1, NORMALISED // logits.shape[1])
+        for number, part in enumerate(torch.split(logits, height)):
+            # In float32, as lm-evaluation-harness's `hf` backend does: what it rounds is rounded here, too.
+            logs = torch.log_softmax(part, dim=-1)
+            (here,) = torch.nonzero(rows // height == number, as_tuple=True)
+            at = rows[here] % height
+            chosen[here] = logs[at, tokens[here]]
+            greedy[here] = chosen[here] == logs.amax(-1)[at]
+            for tie in here[greedy[here]].tolist():
+                # Among equals, greedy decoding takes the first.
+                greedy[tie] = logs[rows[tie] % height].argmax() == tokens[tie]
         sizes = [len(span.places) for span in spans]
-        # Sums in double: a long answer adds hundreds of terms.
-        values = torch.split(chosen.double() - normaliser[rows].double(), sizes)
-        wholly = torch.split(greedy, sizes)
+        values, wholly = torch.split(chosen, sizes), torch.split(greedy, sizes)
         return [(float(value.sum()), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
 
     def branch(self, start: int, ends: Sequence[int], place: int) -> SlotCache:
