@@ -333,7 +333,7 @@ def write(
     cases = before["cases"] | {name: joined(before["cases"].get(name), case) for name, case in found.items()}
     key = "max_abs_loglik_difference"
     report["models"][model] = {
-        "ratios": {f"{name}_vs_hf": case["ratio"] for name, case in sorted(cases.items())},
+        "ratios": {f"{name}_vs_hf": case["ratio"] for name, case in sorted(cases.items()) if "ratio" in case},
         key: max((case[key] for case in cases.values() if key in case), default=None),
         "items_that_differ": sum(case["items_that_differ"] for case in cases.values()),
         "cases": dict(sorted(cases.items())),
