@@ -10,16 +10,21 @@ import io
 import json
 import math
 import os
+import pkgutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from training_inputs import a_checkpoint, a_corpus, some_preferences
 from training_run import digests, train
 
 from fmops.adapters.trainer import QUARANTINE
 from fmops.adapters.training_faults import SPIKE_WINDOW, fault_of, refuse_not_finite
+from fmops.artifacts import Checkpoint
 from fmops.errors import StageFailed, Terminated
+from fmops.stage import StageContext
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +34,18 @@ def inputs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def poison(monkeypatch, steps: set[int], *, how: str = "loss", leave_at: int | None = None) -> list[list[torch.Tensor]]:
-    """Batches of `steps` go wrong whenever they are read; the weights before each step are returned.
+def poison(
+    monkeypatch, steps: set[int], *, how: str = "loss", leave_at: int | None = None,
+    kind: str = "transformers_pretrain.PretrainTrainer",
+) -> list[list[torch.Tensor]]:  # fmt: skip
+    """Batches of `steps` go wrong whenever a trainer of that kind reads them; returns the weights before each step.
 
     `leave_at`: SIGTERM arrives during that step, once.
     """
-    from fmops.adapters import transformers_pretrain
-
+    trainer = pkgutil.resolve_name(f"fmops.adapters.{kind.replace('.', ':')}")
     before: list[list[torch.Tensor]] = []
     pending = [leave_at]
-    original = transformers_pretrain.PretrainTrainer.compute_loss
+    original = trainer.compute_loss
 
     def poisoned(self, model, inputs, *args, **kwargs):
         loss = original(self, model, inputs, *args, **kwargs)
@@ -52,7 +59,7 @@ def poison(monkeypatch, steps: set[int], *, how: str = "loss", leave_at: int | N
         # Infinite curvature: the loss is finite, its gradient is not.
         return loss * math.inf if how == "loss" else loss * 0 + torch.sqrt(loss * 0)
 
-    monkeypatch.setattr(transformers_pretrain.PretrainTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(trainer, "compute_loss", poisoned)
     return before
 
 
@@ -109,6 +116,40 @@ def test_three_in_a_row_go_back_to_the_last_good_state_and_leave_out_what_follow
     poison(monkeypatch, {4, 5, 6})
     train("pretrain", inputs, tmp_path / "cut", io.StringIO())
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+
+
+def ended(stage: str, inputs: Path, out: Path) -> Checkpoint:
+    """A run at a rate that ruins the weights, one of whose rollbacks comes before its only measurement."""
+    from fmops.finetuning.align import align
+    from fmops.lifecycle import Align, Pretrain
+    from fmops.pretraining.pretrain import pretrain
+
+    out.mkdir(exist_ok=True)
+    common = {"checkpoint": a_checkpoint(inputs / "base", inputs / "model"), "out": out}
+    common["context"] = StageContext(seed=7, stream=io.StringIO())
+    if stage == "align":
+        pairs = some_preferences(inputs / "pairs")
+        # Held out, the shorter answer is the better one: that is so before training, and nothing is better.
+        held_out = pairs.path / "held_out.jsonl"
+        swapped = held_out.read_text().replace('"chosen"', '"_"').replace('"rejected"', '"chosen"')
+        held_out.write_text(swapped.replace('"_"', '"rejected"'))
+        tuning = Align(
+            adapter="full", batch_pairs=4, learning_rate=1e-2, checkpoints=3, evaluations=1, keep="best", epochs=2
+        )
+        return align(tuning, preferences=pairs, **common)
+    stops = {"old_domain_ceiling": 1e-9} if stage == "ceiling" else {"keep": "best"}
+    config = Pretrain(tokens=900, batch_tokens=128, learning_rate=0.5, checkpoints=3, evaluations=1, **stops)
+    return pretrain(config, corpus=a_corpus(inputs / "corpus", inputs / "model"), **common)
+
+
+@pytest.mark.parametrize("stage", ["ceiling", "best", "align"])
+def test_after_a_rollback_the_weights_it_began_with_are_still_those(stage, inputs, tmp_path, monkeypatch):
+    kind = "trl_dpo.DpoTrainer" if stage == "align" else "transformers_pretrain.PretrainTrainer"
+    poison(monkeypatch, {4, 5, 6}, kind=kind)
+    made = ended(stage, inputs, tmp_path / "out")
+    began, kept = (load_file(folder / "model.safetensors") for folder in (inputs / "model", made.path / "model"))
+    assert "left out by a rollback" in (tmp_path / "out" / QUARANTINE).read_text()
+    assert all(torch.equal(began[name], kept[name]) for name in began)
 
 
 def test_a_run_that_diverges_ends_and_leaves_no_model(inputs, tmp_path, monkeypatch):

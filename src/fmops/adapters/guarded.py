@@ -160,7 +160,7 @@ class Guarded:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.watch.restore(folder, self.model)
+        self.watch.restore(folder)
         if is_sharded(self.model):
             load_weights(self.model, load_file(next(folder / name for name in WEIGHTS if (folder / name).is_file())))
         else:

@@ -205,7 +205,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with written_or_explained(folder, failed=self.context.checkpoint_failed):
-            if self._kept and self.kept_step not in (0, state.global_step):
+            # Those of step 0, too: after a rollback nothing in memory has them any more.
+            if self._kept and self.kept_step != state.global_step:
                 save_file(self._kept, folder / KEPT_WEIGHTS)
             mine: dict[str, Any] = {"curve": self.curve, "kept_step": self.kept_step, "quarantined": self.quarantined}
             mine |= {"left_out": sorted(self.left_out)}
@@ -219,19 +220,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             with written_or_explained(folder, failed=self.context.checkpoint_failed):
                 self.sealer.wait()
 
-    def restore(self, checkpoint: Path, model: Any) -> None:
-        """Take over the curve and the kept weights of a resume state. `model` still has the weights it began with."""
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the curve and the kept weights of a resume state, unless those are its own: `after_resume`."""
         state = json.loads((checkpoint / STATE).read_text())
         self.curve, self.kept_step = state["curve"], state["kept_step"]
         self.quarantined = {int(step): why for step, why in state["quarantined"].items()}
         self.left_out |= frozenset(state["left_out"])
         self._losses.clear()
-        if not self._keeps:
-            return
-        if (checkpoint / KEPT_WEIGHTS).is_file():
+        self._kept.clear()
+        if self._keeps and (checkpoint / KEPT_WEIGHTS).is_file():
             self._kept = load_file(checkpoint / KEPT_WEIGHTS)
-        elif self.kept_step == 0:
-            self._kept = _trainable(model)
 
     def after_resume(self, model: Any, step: int) -> None:
         """Called with the resumed weights, which may be the kept ones."""
@@ -241,10 +239,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def put_back(self, model: Any) -> None:
         """Give `model` the last weights that `keep` allowed."""
         settle(model)
-        parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name, value in self._kept.items():
-                parameters[name].copy_(like(value, parameters[name]))
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(like(self._kept[name], parameter))
 
     def tokens_per_s(self, step: int) -> float:
         """Of this attempt, held-out measurements and resume states included."""
