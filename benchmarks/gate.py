@@ -32,7 +32,7 @@ from fmops.artifacts import EvalReport, Judged
 from fmops.evaluation import spending, statistics
 from fmops.evaluation.evidence import Evidence, Pairs, gather
 from fmops.evaluation.gate import POWER, decide
-from fmops.evaluation.protocol import PinnedTask, digest, read_lines, write_lines
+from fmops.evaluation.protocol import PinnedTask, digest, read_lines, write_json, write_lines
 
 ALPHA = 0.05
 RESULTS = Path(__file__).parent / "results"
@@ -185,7 +185,8 @@ def noise_in_a_row(
     ]
 
 
-Rows = list[dict[str, Any]]
+Rows = list[Any]
+"""Objects, but where the defect is that one is none."""
 TAMPERED: dict[str, Callable[[Rows, random.Random], Rows]] = {
     "a row lost": lambda rows, rng: rows[: (place := rng.randrange(len(rows)))] + rows[place + 1 :],
     "half of the rows": lambda rows, rng: rng.sample(rows, len(rows) // 2),
@@ -198,8 +199,17 @@ TAMPERED: dict[str, Callable[[Rows, random.Random], Rows]] = {
     "another cluster": lambda rows, rng: _changed(rows, rng, "cluster", "mine"),
     "another sample": lambda rows, rng: _changed(rows, rng, "sample", "invented"),
     "a field lost": lambda rows, rng: _lost(rows, rng),
+    "no object": lambda rows, rng: [None, *rows[1:]],
+    "a list for a sample": lambda rows, rng: _changed(rows, rng, "sample", ["invented"]),
     "nothing at all": lambda rows, rng: [],
 }
+UNLIKE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "another chat template": lambda protocol: {**protocol, "template_sha256": "0" * 64},
+    "another batch tolerance": lambda protocol: {**protocol, "batch_tolerance": 1.0},
+    "other scorers": lambda protocol: {**protocol, "engine": {**protocol["engine"], "scorers": "0" * 16}},
+    "another seed": lambda protocol: {**protocol, "seed": protocol["seed"] + 1},
+}
+"""One of two reports was made under another protocol, and says so."""
 
 
 def _changed(rows: Rows, rng: random.Random, field: str, value: Any) -> Rows:
@@ -228,13 +238,19 @@ def tampered(before: Path, after: Path, n: int, *, seed: int) -> list[Rate]:
                 for file in ("samples.jsonl", "protocol.json"):
                     shutil.copy(original / file, folders[name] / file)
             folder = folders[rng.choice(("before", "after"))]
-            change = TAMPERED[rng.choice(sorted(TAMPERED))]
-            write_lines(folder / "samples.jsonl", change(read_lines(folder / "samples.jsonl"), rng))
+            defect = rng.choice(sorted({**TAMPERED, **UNLIKE}))
+            if defect in TAMPERED:
+                rows = TAMPERED[defect](read_lines(folder / "samples.jsonl"), rng)
+                write_lines(folder / "samples.jsonl", rows)
+            else:
+                protocol = json.loads((folder / "protocol.json").read_bytes())
+                write_json(folder / "protocol.json", UNLIKE[defect](protocol))
             evidence = gather(read_report(folders["before"]), read_report(folders["after"]))
             accepted += decide(evidence, alpha=ALPHA, margins={}, primary=()).verdict != "reject"
             for made in folders.values():
                 shutil.rmtree(made)
-    return [Rate(f"E03 a report with one of {len(TAMPERED)} defects not rejected", accepted, n, "0")]
+    defects = len(TAMPERED) + len(UNLIKE)
+    return [Rate(f"E03 a report with one of {defects} defects not rejected", accepted, n, "0")]
 
 
 def wide(tasks: tuple[PinnedTask, ...]) -> dict[str, float]:

@@ -156,6 +156,13 @@ TAMPERED = {
     "prompt": (lambda rows: [{**rows[0], "prompt_sha256": "x"}, *rows[1:]], "items or prompts are not those"),
     "clusters": (lambda rows: [{**row, "cluster": str(n)} for n, row in enumerate(rows, 1)], "prompts are not those"),
     "field": (lambda rows: [{"task": "skill-task"}], "samples.jsonl:1 lacks a field"),
+    "huge": (lambda rows: [{**rows[0], "score": 10**400}, *rows[1:]], "scores that are no finite number"),
+    "null": (lambda rows: [None, *rows[1:]], "samples.jsonl:1 is no object but null"),
+    "list": (lambda rows: [rows[0], [1], *rows[2:]], "samples.jsonl:2 is no object but [1]"),
+    "sample": (lambda rows: [{**rows[0], "sample": ["x"]}, *rows[1:]], "samples.jsonl:1 has a sample that is no text"),
+    "slack text": (lambda rows: [{**rows[0], "slack": "1"}, *rows[1:]], "has a slack that is no number"),
+    "slack null": (lambda rows: [{**rows[0], "slack": None}, *rows[1:]], "has a slack that is no number"),
+    "slack nan": (lambda rows: [{**rows[0], "slack": math.nan}, *rows[1:]], "has a slack that is no number"),
 }  # fmt: skip
 
 
@@ -170,6 +177,44 @@ def test_evidence_with_a_defect_rejects(tmp_path, judge, defect, who):
     assert decision.verdict == "reject"
     assert any(f"the {who}" in reason and told in reason for reason in decision.reasons), decision.reasons
     assert decision.families == ()
+
+
+PROTOCOLS = {
+    "template": ({"template_sha256": "0" * 64}, "the chat templates differ"),
+    "tolerance": ({"batch_tolerance": 0.01}, "the batch tolerances differ: 0.0 and 0.01"),
+    "seed": ({"seed": 1}, "the seeds differ: 0 and 1"),
+    "scorers": ({"engine": {"torch": "2", "scorers": "new"}}, "with scorers None, the challenger with new"),
+    "torch": ({"engine": {"torch": "3"}}, "was measured with torch 2, the challenger with 3"),
+    "items": ({"prompts_sha256": "0" * 64}, "the items or prompts differ"),
+    "no task": ({"tasks": []}, "was asked of the champion alone"),
+}  # fmt: skip
+
+
+def change_protocol(made: EvalReport, **changes) -> EvalReport:
+    """The report as an evaluation under another protocol would have left it."""
+    path = made.path / "protocol.json"
+    write_json(path, json.loads(path.read_text()) | changes)
+    return with_fingerprint(made)
+
+
+@pytest.mark.parametrize("defect", PROTOCOLS)
+def test_two_protocols_reject_and_the_reason_names_the_field(tmp_path, judge, defect):
+    changes, told = PROTOCOLS[defect]
+    champion, challenger = (report(tmp_path / name, {"skill": half(500)}) for name in ("a", "b"))
+    assert judge(champion, challenger).verdict == "promote"
+    decision = judge(champion, change_protocol(challenger, **changes))
+    assert decision.verdict == "reject"
+    assert any(told in reason for reason in decision.reasons), decision.reasons
+    assert decision.families == ()
+
+
+def test_a_difference_that_no_named_field_explains_rejects(tmp_path, judge):
+    champion, challenger = (report(tmp_path / name, {"skill": half(500), "more": half(500)}) for name in ("a", "b"))
+    written = json.loads((tmp_path / "b" / "protocol.json").read_text())
+    turned = change_protocol(challenger, tasks=written["tasks"][::-1])
+    assert judge(champion, turned).reasons == (
+        "the protocols differ in tasks; evaluate both with the same items, prompts and engine",
+    )
 
 
 def test_missing_samples_reject(tmp_path, judge):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
-
-from pydantic import ValidationError
 
 from fmops.artifacts import EvalReport
 from fmops.evaluation.protocol import PinnedTask, Protocol, digest, prompts_digest, read_lines
@@ -92,7 +91,7 @@ def gather(
             written = (report.path / "protocol.json").read_bytes()
             protocol = Protocol.model_validate_json(written)
             rows = read_lines(report.path / "samples.jsonl")
-        except (OSError, ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"the {name}'s evaluation cannot be read ({_first_line(error)}); evaluate it again")
             continue
         found, scores = _checked(name, protocol, rows)
@@ -128,8 +127,9 @@ def _checked(name: str, protocol: Protocol, rows: list[Sample]) -> tuple[list[st
     problems = []
     scores: dict[Key, Sample] = {}
     for number, row in enumerate(rows, start=1):
-        if not {"task", "sample", "metric", "score", "cluster", "prompt_sha256"} <= row.keys():
-            return [f"the {name}'s samples.jsonl:{number} lacks a field; evaluate it again"], {}
+        fault = _fault(row)
+        if fault:
+            return [f"the {name}'s samples.jsonl:{number} {fault}; evaluate it again"], {}
         key = (row["task"], row["sample"], row["metric"])
         if key in scores:
             problems.append(f"the {name} scored {_shown(key)} twice")
@@ -149,8 +149,27 @@ def _checked(name: str, protocol: Protocol, rows: list[Sample]) -> tuple[list[st
     return problems, scores
 
 
+_TEXTS = ("task", "sample", "metric", "cluster", "prompt_sha256")
+
+
+def _fault(row: Any) -> str | None:
+    """What is wrong with the form of a row, whatever its score."""
+    if not isinstance(row, dict):
+        return f"is no object but {json.dumps(row)[:40]}"
+    if not {*_TEXTS, "score"} <= row.keys():
+        return "lacks a field"
+    wrong = [name for name in _TEXTS if not isinstance(row[name], str)]
+    if wrong:
+        return f"has a {wrong[0]} that is no text"
+    # An answer that stands alone leads by infinitely much.
+    if not (row.get("slack") == math.inf or _finite(row.get("slack", 0.0))):
+        return "has a slack that is no number"
+    return None
+
+
 def _finite(score: Any) -> bool:
-    return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    # A whole number may be too large for a float; NaN is below nothing.
+    return isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= sys.float_info.max
 
 
 def _shown(key: Iterable[str]) -> str:
@@ -181,8 +200,13 @@ def _unlike(champion: Protocol, challenger: Protocol) -> list[str]:
         problems.append(f"the chat templates differ; {remedy}")
     if ours["prompts_sha256"] != theirs["prompts_sha256"]:
         problems.append(f"the items or prompts differ; {remedy}")
-    if ours["seed"] != theirs["seed"]:
-        problems.append(f"the seeds differ: {ours['seed']} and {theirs['seed']}; {remedy}")
+    for name, said in (("seed", "seeds"), ("batch_tolerance", "batch tolerances")):
+        if ours[name] != theirs[name]:
+            problems.append(f"the {said} differ: {ours[name]} and {theirs[name]}; {remedy}")
+    if not problems:
+        # The order of the tasks, 0 for 0.0, or a field that is new.
+        fields = [name for name in ours if digest(ours[name]) != digest(theirs[name])]
+        problems.append(f"the protocols differ in {', '.join(fields)}; {remedy}")
     return problems
 
 
