@@ -6,9 +6,11 @@ killed and two that were not agree bit for bit.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from training_run import digests
 
 from fmops.adapters.packing import deal, plan_training
-from fmops.errors import StageFailed
+from fmops.errors import StageFailed, Terminated
 from fmops.orchestration.ranks import run_in_ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -113,6 +115,25 @@ def test_a_killed_rank_takes_the_job_along_and_the_result_stays(inputs, twos, tm
     assert "one of 2 training processes died; all start again from the newest resume state" in said
     assert any(text.startswith("going on from checkpoint") for text in said), said
     assert digests(tmp_path / "out") == digests(twos["pretrain", "fsdp2", "fresh"])
+
+
+class TellsToLeave(io.StringIO):
+    """Reports, the first of which brings SIGTERM to this process."""
+
+    def write(self, text: str) -> int:
+        if not self.getvalue():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def test_told_to_leave_before_the_ranks_can_hear_it_the_job_ends_and_does_not_start_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(ranks_run.__file__).parent), prepend=os.pathsep)
+    context = a_context()
+    context.stream = TellsToLeave()
+    with pytest.raises(Terminated, match=r"told to leave \(SIGTERM\)\. Run again") as error:
+        run_in_ranks("ranks_run:wait", CASES["pretrain"], inputs={}, out=tmp_path, context=context)
+    assert error.value.exit_code == 128 + signal.SIGTERM
+    assert len(context.stream.getvalue().splitlines()) == 1
 
 
 def test_what_fails_for_a_reason_is_not_started_again(tmp_path, monkeypatch):

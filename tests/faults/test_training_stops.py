@@ -64,27 +64,40 @@ def test_told_to_leave_it_writes_a_resume_state_and_ends_with_143(inputs, uninte
     assert digests(tmp_path / "out") == digests(uninterrupted)
 
 
-def leave_in(monkeypatch: pytest.MonkeyPatch, *, step: int, part: int) -> list[int]:
-    """SIGTERM in the given micro-batch of a step. Returns the step of each micro-batch that is computed."""
+def leave_in(monkeypatch: pytest.MonkeyPatch, *, step: int, part: int, after: bool = False) -> list[int]:
+    """SIGTERM in the given micro-batch of a step, or `after` it. Returns the step of each one that is computed."""
     from fmops.adapters import transformers_pretrain
 
-    original = transformers_pretrain.PretrainTrainer.compute_loss
+    trainer = transformers_pretrain.PretrainTrainer
+    original, whole = trainer.compute_loss, trainer.training_step
     computed: list[int] = []
 
-    def interrupted(self, model, inputs, *args, **kwargs):
-        computed.append(self.state.global_step + 1)
+    def tell() -> None:
         if computed[-1] == step and computed.count(step) == part:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(transformers_pretrain.PretrainTrainer, "compute_loss", interrupted)
+    def interrupted(self, *args, **kwargs):
+        computed.append(self.state.global_step + 1)
+        if not after:
+            tell()
+        return original(self, *args, **kwargs)
+
+    def interrupted_after(self, *args, **kwargs):
+        loss = whole(self, *args, **kwargs)
+        if after:
+            tell()
+        return loss
+
+    monkeypatch.setattr(trainer, "compute_loss", interrupted)
+    monkeypatch.setattr(trainer, "training_step", interrupted_after)
     return computed
 
 
-def test_told_to_leave_in_the_middle_of_a_step_it_does_not_finish_it(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [False, True], ids=["in a micro-batch", "between two"])
+def test_told_to_leave_in_the_middle_of_a_step_it_does_not_finish_it(after, tiny_model, tmp_path, monkeypatch):
     given = wide_inputs(tiny_model, tmp_path)
     wide(4)(**given, out=tmp_path / "whole")
-    computed = leave_in(monkeypatch, step=4, part=2)
+    computed = leave_in(monkeypatch, step=4, part=2, after=after)
     with pytest.raises(Terminated, match=r"told to leave \(SIGTERM\) after step 3 of 5"):
         wide(4)(**given, out=tmp_path / "cut")
     # Two of the fourth step's four micro-batches began; what they computed is dropped.

@@ -87,6 +87,9 @@ class Guarded:
         if self.state.global_step + 1 in self.watch.left_out:
             return torch.zeros((), device=self.args.device)
         self.watch.in_step = True
+        if self.watch.leaving:
+            # Told so since the last micro-batch.
+            self.watch.leave()
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self.watch.in_step = False
         # Trainers multiply it by the number of processes, over which gradients are then averaged.

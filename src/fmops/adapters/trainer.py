@@ -113,7 +113,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.sealer = resume.Sealer(report=self.context.note)
 
     def leave(self) -> None:
-        """Write a resume state and end: at once while gradients are computed, which are dropped; else after the step.
+        """Write a resume state and end: at once while gradients are computed, which are dropped; else when the next
+        micro-batch begins, or after the step where none does. A measurement is finished first.
 
         Several processes finish the step, since they can only leave together.
 

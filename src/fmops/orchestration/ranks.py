@@ -42,6 +42,7 @@ def run_in_ranks(
 
     Raises:
         FmopsError: as the function raises it; StageFailed when processes died more than `RESTARTS` times.
+        Terminated: by SIGTERM, whether the processes train already or only start.
     """
     job = write_job(function, config, inputs=inputs, out=out, context=context)
     if context.launcher == "ray":
@@ -119,12 +120,22 @@ def _take(line: str, endings: dict[str, Any], *, context: StageContext) -> None:
 
 
 def _follow(command: list[str], *, environment: dict[str, str], context: StageContext) -> dict[str, Any]:
-    """Start torchrun, pass its ranks' reports on, return their endings by kind once it is gone."""
+    """Start torchrun, pass its ranks' reports on, return their endings by kind once it is gone.
+
+    Raises:
+        Terminated: SIGTERM reached this process, and no rank had begun to train or lived to say more.
+    """
     endings: dict[str, Any] = {}
+    told: list[int] = []
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=end_with_parent
     ) as torchrun:
-        before = signal.signal(signal.SIGTERM, lambda *_: torchrun.send_signal(signal.SIGTERM))
+
+        def leave(*_: object) -> None:
+            told.append(1)
+            torchrun.terminate()
+
+        before = signal.signal(signal.SIGTERM, leave)
         try:
             assert torchrun.stdout is not None
             for line in torchrun.stdout:
@@ -134,6 +145,8 @@ def _follow(command: list[str], *, environment: dict[str, str], context: StageCo
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+    if told and not endings:
+        raise Terminated("told to leave (SIGTERM). Run again to go on from the newest resume state.")
     return endings
 
 
