@@ -66,6 +66,17 @@ def page(tmp_path) -> Path:
     return write_page(compared, tmp_path / "page.html", name="tiny", alpha=0.05)
 
 
+def test_late_tasks_are_on_the_page_and_what_is_not_shown_is_counted(tmp_path):
+    moved = tuple(
+        Moved(task, f"{task}-{n}", f"{task} asks {n}", "0", "1", 1.0) for task in ("a", "b", "z") for n in range(500)
+    )
+    compared = Compared(record("a"), record("b"), Decision("reject", ()), Comparison((), moved, ()), ())
+    text = write_page(compared, tmp_path / "page.html", name="tiny", alpha=0.05).read_text(encoding="utf-8")
+    assert all(f"{task} asks 0" in text for task in ("a", "b", "z"))
+    assert "1500 items with another score" in text
+    assert "1000 are shown, the largest changes of each task, and 500 are not, nor searched" in text
+
+
 def test_what_a_model_wrote_is_text(page):
     text = page.read_text(encoding="utf-8")
     assert EVIL not in text

@@ -7,13 +7,15 @@ Refuses: nothing; what cannot be paired is left to the gate's verdict, which rej
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fmops.artifacts import EvalReport
+from fmops.evaluation import gate
+from fmops.evaluation.evidence import Pairs
 from fmops.evaluation.protocol import PinnedTask, Protocol, read_lines
 from fmops.evaluation.statistics import clustered_mean, counted_mean, nearer_to_zero, one_sided_bounds
 from fmops.evaluation.suites import BIAS_METRICS
@@ -22,6 +24,8 @@ SMALLEST_SLICE = 10
 MOST_VALUES = 80
 """A field with more values than that names items, no kinds of them."""
 SLICES_SHOWN = 12
+ONE_SIDED = 0.025
+"""At either end of the 95 % intervals, which are those of the gate's families."""
 _NAMES = ("id", "cluster", "checks", "label", "choices", "unknown", "biased")
 
 Row = dict[str, Any]
@@ -102,8 +106,23 @@ def lay_side_by_side(champion: EvalReport, challenger: EvalReport, items: Path |
             if metric == task.metrics[0]:
                 moved += _moved(task, pairs, documents[task.task])
                 slices += _slices(task, [row for _, row in pairs], documents[task.task])
-    slices.sort(key=lambda each: (each.value - each.rest) / each.standard_error)
+    # Each is worse than the rest of its task, whichever way its scores run.
+    slices.sort(key=lambda each: -abs(each.value - each.rest) / each.standard_error)
     return Comparison(tuple(differences), tuple(moved), tuple(slices[:SLICES_SHOWN]))
+
+
+def fairly(moved: Sequence[Moved], most: int) -> list[Moved]:
+    """At most so many of the moved items, by task: the largest change of each, then the second ones, and so on.
+
+    Units differ from task to task, so their changes are not compared.
+    """
+    ranks: Counter[str] = Counter()
+    ranked = []
+    for each in sorted(moved, key=lambda each: -abs(each.difference)):
+        ranked.append((ranks[each.task], each))
+        ranks[each.task] += 1
+    shown = sorted(ranked, key=lambda each: each[0])[:most]
+    return sorted((each for _, each in shown), key=lambda each: each.task)
 
 
 def documents_of(items: Path | None, task: str) -> dict[str, Row]:
@@ -114,15 +133,22 @@ def documents_of(items: Path | None, task: str) -> dict[str, Row]:
 
 def _difference(task: PinnedTask, metric: str, pairs: list[tuple[Row, Row]]) -> TaskDifference:
     ours, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
+    before, after = (counted_mean(rows).value for rows in (ours, theirs))
     if metric in BIAS_METRICS:
         mean = nearer_to_zero(ours, theirs)
-    else:
-        sign = 1.0 if task.higher_is_better else -1.0
-        differences = [sign * (after["score"] - before["score"]) for before, after in pairs]
-        mean = clustered_mean(differences, [row["cluster"] for row in ours])
-    lower, upper = one_sided_bounds(mean, 0.025)
-    before, after = (counted_mean(rows).value for rows in (ours, theirs))
-    return TaskDifference(task.family, task.task, metric, mean.n, before, after, mean.value, lower, upper)
+        interval = one_sided_bounds(mean, ONE_SIDED)
+        return TaskDifference(task.family, task.task, metric, mean.n, before, after, mean.value, *interval)
+    sign = 1.0 if task.higher_is_better else -1.0
+    items = Pairs(
+        family=task.family,
+        differences=[sign * (after["score"] - before["score"]) for before, after in pairs],
+        clusters=[row["cluster"] for row in ours],
+        binary={row["score"] for row in (*ours, *theirs)} <= {0, 1},
+    )
+    seen = gate.compare(items, alpha=ONE_SIDED, margin=task.margin, families=1)
+    return TaskDifference(
+        task.family, task.task, metric, seen.n, before, after, seen.difference, seen.lower, seen.upper
+    )
 
 
 def _moved(task: PinnedTask, pairs: list[tuple[Row, Row]], documents: Mapping[str, Row]) -> Iterable[Moved]:

@@ -1,7 +1,7 @@
 """`fmops compare`: two evaluations judged as the gate would, with what moved and where it is weak.
 
 Enters: a project and two names. Leaves: text, a page, and the exit code of the verdict.
-Refuses: names without an evaluation. It promotes nothing and spends nothing of the gate's α.
+Refuses: names without an evaluation, altered evaluations. It promotes nothing and spends nothing of the gate's α.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from fmops.artifacts import EvalReport
 from fmops.errors import EXIT_NEED_MORE_DATA, EXIT_OK, EXIT_REJECTED, FmopsError
-from fmops.evaluation.compare import Comparison, lay_side_by_side
+from fmops.evaluation.compare import Comparison, fairly, lay_side_by_side
 from fmops.evaluation.evidence import gather
 from fmops.evaluation.gate import Decision, contaminated_items, decide
 from fmops.evaluation.journal import Journal
@@ -65,11 +65,17 @@ class Compared:
 def compare(project: Project, a: str, b: str) -> Compared:
     """Judge `b` against `a`.
 
+    A spec's `gate` asks as much here as of a candidate: its primary families must be measured. Without a `gate` no gain
+    is asked for.
+
     Raises:
         FmopsError: no such artifact, or none with an evaluation.
+        IntegrityError: a file of an evaluation is not what its record says.
     """
     store = project.store
     before, after = (find_report(store, key) for key in (a, b))
+    for record in (before, after):
+        store.verify(record)
     champion, challenger = (store.load(record) for record in (before, after))
     assert isinstance(champion, EvalReport)
     assert isinstance(challenger, EvalReport)
@@ -77,8 +83,7 @@ def compare(project: Project, a: str, b: str) -> Compared:
     evidence = gather(champion, challenger, contaminated=contaminated_items(data))
     policy = project.spec.gate or Gate(primary=())
     margins = {name: margin for name, margin in policy.margins.items() if name in evidence.families}
-    primary = tuple(name for name in policy.primary if name in evidence.families or not evidence.families)
-    decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=primary)
+    decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=policy.primary)
     gates = tuple(record for record in store.records() if record.kind == "gate")
     side_by_side = lay_side_by_side(champion, challenger, _items(store, after)) if evidence.families else None
     judged = None
@@ -191,7 +196,7 @@ def _slices(comparison: Comparison) -> list[str]:
 def _moved(comparison: Comparison) -> list[str]:
     better = sum(each.difference > 0 for each in comparison.moved)
     lines = ["", f"moved: {len(comparison.moved)} items, {better} better, {len(comparison.moved) - better} worse"]
-    for each in comparison.moved[:MOVED_PRINTED]:
+    for each in fairly(comparison.moved, MOVED_PRINTED):
         lines.append(f"  {'+' if each.difference > 0 else '−'} {each.task}: {_short(each.prompt or each.sample, 90)}")
     return lines
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fmops.evaluation.compare import fairly
 from fmops.orchestration.charts import signed
 from fmops.orchestration.compare import Compared, told_preference
 from fmops.orchestration.report_parts import gate_rows
@@ -57,8 +58,7 @@ def write_page(compared: Compared, path: Path, *, name: str, alpha: float) -> Pa
 
 def _view(compared: Compared) -> dict[str, Any]:
     found, gate = compared.comparison, compared.gate.artifact if compared.gate else {}
-    moved = list(found.moved) if found else []
-    moved.sort(key=lambda each: (each.task, -abs(each.difference)))
+    moved = found.moved if found else ()
     families = [family.model_dump() for family in compared.decision.families]
     return {
         "before": compared.before.key,
@@ -83,7 +83,7 @@ def _view(compared: Compared) -> dict[str, Any]:
                 "task": each.task, "sample": each.sample, "difference": each.difference, "prompt": _cut(each.prompt),
                 "before": _cut(each.before), "after": _cut(each.after),
             }
-            for each in moved[:MOVED_SHOWN]
+            for each in fairly(moved, MOVED_SHOWN)
         ],
     }  # fmt: skip
 
