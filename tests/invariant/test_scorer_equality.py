@@ -169,7 +169,7 @@ def test_generations_are_those_of_the_reference(ours, theirs, until):
     assert all(each.args[1] == options for each in requests)  # the harness hands the same options out again
 
 
-def test_a_model_with_windows_is_read_one_request_at_a_time(ours, theirs, monkeypatch):
+def test_a_model_that_shares_nothing_is_read_one_request_at_a_time(ours, theirs, monkeypatch):
     monkeypatch.setattr(ours, "shares", False)
     inputs = []
     forward = ours.model.forward

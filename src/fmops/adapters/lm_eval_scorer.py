@@ -79,7 +79,6 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -51,7 +51,7 @@ def load_model(folder: Path) -> Any:
             "Leave pretrain and align out, or name a language model as base."
         )
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
 
 

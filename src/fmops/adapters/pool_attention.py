@@ -34,7 +34,8 @@ class Pool:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._written = (torch.empty(0), torch.empty(0))
-        self._hidden = torch.empty(0)
+        self._hidden: dict[int | None, torch.Tensor] = {}
+        """By window, added to the scores: 0 where a key is seen, minus infinity elsewhere."""
         self._widths: list[int] = []
 
     def put(self, row: int, cache: SlotCache) -> None:
@@ -59,37 +60,50 @@ class Pool:
         lengths = torch.tensor(self.lengths[:used])
         self._written = (torch.arange(used), lengths)
         widths = [-(-(length + 1) // LANES) * LANES for length in self.lengths[:used]]
-        seen = torch.arange(max(widths))[None, :] <= lengths[:, None]
-        self._hidden = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None, :]
         self._widths = widths
+        self._hidden = {}
 
     def end(self) -> None:
         """Count the tokens of the pass; idle rows stay idle."""
         self.lengths = [length + 1 if length else 0 for length in self.lengths]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
-    ) -> torch.Tensor:
-        """Shapes: query (used, heads, 1, head size); key and value (used, key heads, 1, head size)."""
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None,
+        window: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Shapes: query (used, heads, 1, head size); key and value (used, key heads, 1, head size).
+
+        `window` is how many of its newest tokens a row sees, the one of this pass among them; None: all.
+        """
         keys, values = self._layer(layer, key, value)
         keys[self._written[0], :, self._written[1]] = key[:, :, 0]
         values[self._written[0], :, self._written[1]] = value[:, :, 0]
         # Heads that share keys are laid side by side as positions.
         shared = query.view(self.used, key.shape[1], query.shape[1] // key.shape[1], query.shape[3])
-        widest = max(self._widths)
+        hidden, widest = self._hides(window), max(self._widths)
         wasted = sum(widest - width for width in self._widths) * key[0].numel() * 8
         if wasted <= WASTED_BYTES * self.used:
             some = (slice(self.used), slice(None), slice(widest))
-            found = scaled_dot_product_attention(shared, keys[some], values[some], attn_mask=self._hidden, scale=scale)
+            found = scaled_dot_product_attention(shared, keys[some], values[some], attn_mask=hidden, scale=scale)
         else:
             found = torch.cat([
                 scaled_dot_product_attention(
                     shared[row : row + 1], keys[row : row + 1, :, :width], values[row : row + 1, :, :width],
-                    attn_mask=self._hidden[row : row + 1, :, :, :width], scale=scale,
+                    attn_mask=hidden[row : row + 1, :, :, :width], scale=scale,
                 )
                 for row, width in enumerate(self._widths)
             ])  # fmt: skip
         return found.reshape(self.used, query.shape[1], 1, values.shape[3])
+
+    def _hides(self, window: int | None) -> torch.Tensor:
+        """What each row of the pass does not see, shape (used, 1, 1, widest)."""
+        if window not in self._hidden:
+            place, newest = torch.arange(max(self._widths))[None, :], self._written[1][:, None]
+            seen = place <= newest
+            if window:
+                seen &= place > newest - window
+            self._hidden[window] = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None, None, :]
+        return self._hidden[window]
 
     def _layer(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if layer not in self._keys:

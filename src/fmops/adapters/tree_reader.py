@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 
-from fmops.adapters.document_attention import attends_everywhere
 from fmops.adapters.prefix_tree import Read, Span, Step
 from fmops.adapters.slot_attention import SlotCache
 from fmops.adapters.tree_attention import Tree, register
+from fmops.errors import FmopsError
 
+CAUSAL = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers that a tree can be read through."""
+PRIME = 7919
+"""Steps through a vocabulary, so that the tokens of a trial differ."""
+ROUNDING = 3e-4
+"""Of the logits' standard deviation, the most that a trial may differ by: float32 leaves a tenth of it."""
 MOST_ROWS = 0.75
 """Share of the rows of a pass from which on picking them out saves nothing."""
 NORMALISED = 2**20
@@ -25,11 +31,39 @@ NORMALISED = 2**20
 
 
 def shares_prefixes(model: Any) -> bool:
-    """Whether attention is causal over all positions, which are rotary, so that a tree behind a stem is exact."""
-    config = model.config.get_text_config()
-    plain = attends_everywhere(config) and not getattr(config, "attn_logit_softcapping", None)
+    """Whether a tree behind a stem gives this model's own logits: its attention is looked at, then it is tried.
+
+    Attention must be causal softmax, over all positions or within a window, and know places by `position_ids` alone
+    (rotary, learnt); a model that keeps a state instead, or shifts scores by distance, fails the trial.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     takes = {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys()
-    return plain and takes and bool(getattr(model, "_supports_attention_backend", False))
+    if not (kinds <= CAUSAL and takes and getattr(model, "_supports_attention_backend", False)):
+        return False
+    rows = model.get_input_embeddings().weight.shape[0]
+    stem, *branches = ([(PRIME * place + first) % rows for place in range(8)] for first in range(3))
+    stemmed = [
+        Step(None, 0, stem, list(range(8))),
+        Step(0, 8, [token for branch in branches for token in branch], [*range(8), *range(8)], [
+            Span(0, 0, list(range(8))), Span(1, 0, list(range(8, 16)))
+        ])
+    ]  # fmt: skip
+    own = _logits(TreeReader(model, lines([Read((*stem, *branch), 8) for branch in branches]), shares=False))
+    attention = model.config._attn_implementation
+    try:
+        found = _logits(TreeReader(model, stemmed, shares=True))
+    except (FmopsError, AttributeError, TypeError, ValueError):
+        return False
+    finally:
+        model.set_attn_implementation(attention)
+    return bool((found - own).abs().max() <= ROUNDING * own.std())
+
+
+def _logits(reader: TreeReader) -> torch.Tensor:
+    """At all scored places."""
+    places = [[place for span in step.spans for place in span.places] for step in reader.steps]
+    read = [reader.read(index, kept or [0]) for index, kept in enumerate(places)]
+    return torch.cat([logits for logits, kept in zip(read, places, strict=True) if kept])
 
 
 def lines(reads: Sequence[Read]) -> list[Step]:
@@ -82,9 +116,8 @@ class TreeReader:
         self.model = model
         self.steps = steps
         self.shares = shares
-        attention = register() if shares else "sdpa"
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
+        if shares != (model.config._attn_implementation == register()):
+            model.set_attn_implementation(register() if shares else "sdpa")
         self.cache = SlotCache(max((step.start + len(step.tokens) for step in steps), default=0))
         self._stem: list[int] = []
         self._parents = {step.parent for step in steps}
