@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 
 TOLERANCE = 1e-4
-WORDS = ("the", "class", "object", "returns", "a", "value", "when", "called", "with", "no", "and", "raises", "an", "error")
+WORDS = ("the", "class", "object", "returns", "a", "value", "when", "called", "with", "no", "and", "raises", "error")
 LLAMA = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,

@@ -286,6 +286,21 @@ def test_options_that_are_not_decoded_here_are_refused(ours, option):
         ours.generate_until([request("generate_until", "a", {option: 2, "until": []})])
 
 
+def test_one_beam_is_greedy_decoding(ours):
+    prompt = text(random.Random(17), 9)
+    plain = {"until": [], "max_gen_toks": 5}
+    beam = ours.generate_until([request("generate_until", prompt, plain | {"num_beams": 1})])
+    assert beam == ours.generate_until([request("generate_until", prompt, plain)])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "told"), [("a", 0, "max_gen_toks is 0"), ("", 4, "a prompt has no tokens")]
+)
+def test_what_cannot_be_continued_is_refused(ours, prompt, tokens, told):
+    with pytest.raises(FmopsError, match=told):
+        ours.generate_until([request("generate_until", prompt, {"until": [], "max_gen_toks": tokens})])
+
+
 def test_an_answer_without_tokens_is_refused(ours):
     with pytest.raises(FmopsError, match="an answer has no tokens"):
         ours.loglikelihood([request("loglikelihood", "the class", "")])

@@ -237,6 +237,21 @@ def pinned(tmp_path, context):
     return run
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("max_gen_tokens: 8", "max_gen_tokens is not decoded here"),
+        ("max_gen_toks: 0", "max_gen_toks is 0"),
+        ("do_sample: true, temperature: hot", "Temperature and most tokens are numbers"),
+        ("do_sample: true, temperature: -1", "temperature is -1"),
+    ],
+)
+def test_options_of_generation_are_read_before_anything_is_scored(pinned, options, told):
+    with pytest.raises(FmopsError, match="short-answers") as refused:
+        pinned(OWN.replace("max_gen_toks: 8", options))
+    assert told in str(refused.value)
+
+
 def test_one_file_is_a_suite(pinned, tmp_path, tiny_model, context):
     from fmops.artifacts import Checkpoint
 

@@ -32,6 +32,7 @@ from lm_eval.evaluator import evaluate as run_harness
 
 from fmops.adapters.lm_eval_endpoint import EndpointLM
 from fmops.adapters.lm_eval_generation import understood
+from fmops.adapters.lm_eval_sampling import Sampling
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.errors import FmopsError, nearest, unknown
 from fmops.evaluation.bbq import bias
@@ -136,6 +137,11 @@ def check_task(entry: PinnedTask, documents: list[dict[str, Any]]) -> None:
     Raises:
         FmopsError: names the item and what is wrong with it.
     """
+    if entry.config.output_type == "generate_until":
+        try:
+            Sampling.of(understood(dict(entry.config.generation_kwargs or {})))
+        except FmopsError as error:
+            raise FmopsError(f"task {entry.task}: {error}") from None
     documents = documents or [_PROBES[entry.form]]
     where = documents[0]["id"]
     try:

@@ -40,12 +40,17 @@ def understood(given: dict[str, Any]) -> dict[str, Any]:
         options = dict(normalize_gen_kwargs({name: value for name, value in given.items() if value is not None}))
     except (TypeError, ValueError) as error:
         raise FmopsError(f"generation_kwargs {given}: {error}. Temperature and most tokens are numbers.") from None
+    if options.get("num_beams") == 1:
+        # One beam is greedy decoding.
+        del options["num_beams"]
     strange = sorted(options.keys() - UNDERSTOOD)
     if strange:
         raise FmopsError(
             f"generation_kwargs: {', '.join(strange)} is not decoded here. Drop it. Options: "
             f"{', '.join(sorted(UNDERSTOOD))}."
         )
+    if options["max_gen_toks"] < 1:
+        raise FmopsError(f"generation_kwargs: max_gen_toks is {options['max_gen_toks']}; it is at least 1.")
     return options
 
 

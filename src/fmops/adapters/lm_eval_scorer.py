@@ -246,6 +246,8 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
             room = self.max_length - options.new_tokens
             prompts = [self.tok_encode(requests[place].args[0]) for place in places]
             self.truncated += sum(len(prompt) > room for prompt in prompts)
+            if not all(prompts):
+                raise FmopsError("generate_until: a prompt has no tokens: there is nothing to continue.")
             prompts = [prompt[-room:] for prompt in prompts]
             draws = repeat_keys([requests[place] for place in places], self.seed)
             answers = (
