@@ -78,6 +78,8 @@ class EvaluateJob(Frozen):
     """The model's name there; None where the endpoint has one."""
     release: str | None = None
     """Key of the release that the endpoint must serve, where it says which; None when the model is no release."""
+    scorers: str = ""
+    """Digest of our own scorers' rules: another version of FMOps may score otherwise, and then measures again."""
 
 
 class GateJob(Gate):

@@ -1,4 +1,4 @@
-"""Is an answer a refusal? Local rules over its opening, pinned by version, calibrated against human labels.
+"""Is an answer a refusal? Local rules over its opening, part of the protocol, calibrated against human labels.
 
 Enters: an answer's text. Leaves: a yes or no.
 Refuses: nothing. An empty answer is no refusal, and no answer either.
@@ -7,9 +7,6 @@ Refuses: nothing. An empty answer is no refusal, and no answer either.
 from __future__ import annotations
 
 import re
-
-VERSION = "1"
-"""Raised with every change of the rules; part of the evaluation's protocol."""
 
 OPENING_CHARACTERS = 300
 """A refusal states itself at once; apologies deep inside a story are none."""

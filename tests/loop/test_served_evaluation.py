@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from lm_eval.api.instance import Instance
@@ -16,7 +17,7 @@ from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.gate import gate
 from fmops.evaluation.journal import Journal
-from fmops.evaluation.protocol import pin, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import pin, read_lines, scorers_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
 from fmops.jobs import EvaluateJob, GateJob
 from fmops.stage import StageContext
@@ -140,6 +141,8 @@ def test_two_served_models_may_be_compared_and_a_served_one_with_weights_may_not
         for name in ("weights", "served")
     ]
     assert scores[0] == scores[1]
+    for name in ("weights", "served"):
+        assert json.loads((tmp_path / name / "protocol.json").read_text())["engine"]["scorers"] == scorers_digest()
     policy = GateJob(primary=(), margins={"capability": 0.99, "harm": 0.99})
 
     def decide(champion, challenger):

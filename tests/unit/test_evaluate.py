@@ -16,7 +16,7 @@ from fmops.artifacts import Benchmarks, Checkpoint, Corpus
 from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.gate import gate
-from fmops.evaluation.protocol import pin, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import PACKAGE, SCORERS, pin, read_lines, scorers_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
 from fmops.jobs import EvaluateJob, GateJob
 from fmops.stage import StageContext
@@ -122,6 +122,23 @@ def test_other_weights_share_the_protocol_and_other_items_do_not(measure, inputs
     fewer, _ = measure("c", limit=3)
     assert champion.fingerprint == challenger.fingerprint != fewer.fingerprint
     assert champion.metrics != challenger.metrics
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_scorers_of_other_rules_are_another_protocol(tmp_path, name):
+    for file in SCORERS:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(PACKAGE / file, tmp_path / file)
+    assert scorers_digest(tmp_path) == scorers_digest()
+    with (tmp_path / name).open("a", encoding="utf-8") as rules:
+        rules.write("\n")
+    assert scorers_digest(tmp_path) != scorers_digest()
+
+
+def test_a_report_says_by_which_rules_it_was_scored(measure, tmp_path):
+    measure()
+    engine = json.loads((tmp_path / "out" / "protocol.json").read_text())["engine"]
+    assert engine["scorers"] == scorers_digest()
 
 
 def decide(champion, challenger, tmp_path, **config):

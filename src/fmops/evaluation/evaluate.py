@@ -20,7 +20,15 @@ from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.outside import run_outside
-from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import (
+    PinnedTask,
+    Protocol,
+    prompts_digest,
+    read_lines,
+    scorers_digest,
+    write_json,
+    write_lines,
+)
 from fmops.evaluation.scoring import helpers, score
 from fmops.evaluation.statistics import counted_mean
 from fmops.evaluation.suites import BIAS_METRICS
@@ -78,7 +86,7 @@ def evaluate(
     helping = 0 if config.endpoint else context.processes - 1
     with helpers(helping, opened, tasks, work):
         rows = score(lm, tasks, work, on_progress=lambda done: context.progress(done, total, unit="items"))
-    engine = {"lm-eval": VERSION, **lm.engine}
+    engine = {"lm-eval": VERSION, "scorers": scorers_digest(), **lm.engine}
     if any(samples(task) for task, _ in tasks):
         engine["sampling"] = lm.sampling_method
     counted = {task.task: task for task, _ in tasks}

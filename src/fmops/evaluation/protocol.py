@@ -14,6 +14,14 @@ from typing import Any
 
 from fmops.artifacts import Frozen
 from fmops.evaluation.suites import Suite, TaskConfig
+from fmops.integrity import sha256
+
+PACKAGE = Path(__file__).parents[1]
+SCORERS = (
+    "refusals.py", "toxicity.py", "toxicity.json", "evaluation/checks.py", "evaluation/bbq.py",
+    "evaluation/bbq_targets.json",
+)  # fmt: skip
+"""The files that hold the rules and tables of our own scorers."""
 
 
 class PinnedTask(Frozen):
@@ -47,7 +55,7 @@ class Protocol(Frozen):
 
     tasks: tuple[PinnedTask, ...]
     engine: dict[str, str]
-    """Versions of the harness and the framework, dtype, batch mode."""
+    """Versions of the harness and the framework, dtype, batch mode, a digest of our own scorers' rules."""
     batch_tolerance: float = 0.0
     """How far the log-likelihood of an answer may move with its company in a batch or the number of threads. A
     difference between two evaluations that is no larger shows nothing about the weights."""
@@ -66,6 +74,14 @@ def digest(value: Any) -> str:
     """SHA-256 of canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def scorers_digest(package: Path = PACKAGE) -> str:
+    """One digest over the rules of our own scorers.
+
+    Every change of their files counts, a comment's too: nobody has to judge which one changes a score.
+    """
+    return digest({name: sha256(package / name) for name in SCORERS})[:16]
 
 
 def prompts_digest(rows: Iterable[dict[str, Any]]) -> str:

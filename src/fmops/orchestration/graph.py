@@ -202,7 +202,10 @@ class _Builder:
     def evaluate(self, checkpoint: str, *, name: str) -> str | None:
         if not self.spec.evaluate:
             return None
-        job = EvaluateJob(limit=self.spec.evaluate.limit, rotation=TO_COME if self.spec.evaluate.rotate else None)
+        from fmops.evaluation.protocol import scorers_digest
+
+        rotation = TO_COME if self.spec.evaluate.rotate else None
+        job = EvaluateJob(limit=self.spec.evaluate.limit, rotation=rotation, scorers=scorers_digest())
         return self.add(
             name, "evaluate", job, {}, checkpoint=checkpoint, benchmarks=self.benchmarks, corpus=self.corpus
         )
