@@ -59,6 +59,15 @@ def test_piped_output_is_one_line_a_stage(finished):
     assert "\x1b" not in finished[1].stdout
 
 
+def test_what_the_gate_can_show_is_said_once_before_anything_is_measured(finished):
+    lines = finished[1].stdout.splitlines()
+    said = [place for place, line in enumerate(lines) if line.startswith(f"{'gate':18} · quiz with 10 items can show")]
+    measured = next(place for place, line in enumerate(lines) if line.startswith("evaluate-base"))
+    assert len(said) == 1
+    assert said[0] < measured
+    assert any("what domain can show is known after its first evaluation" in line for line in lines[:measured])
+
+
 def test_what_a_run_left_need_not_be_read_again(finished):
     store = store_of(finished[0])
     for record in store.records():

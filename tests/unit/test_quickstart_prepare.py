@@ -47,14 +47,16 @@ def test_the_tiny_sets_leave_the_whole_ones_alone() -> None:
 
 def test_every_family_of_the_quickstart_has_the_items_that_its_margin_needs(tmp_path: Path) -> None:
     from fmops.evaluation.spending import level
+    from fmops.orchestration.detectable import minimum_detectable
     from fmops.orchestration.project import Project
-    from fmops.orchestration.show import minimum_detectable
 
     spec = Path(__file__).resolve().parents[2] / "quickstart" / "lifecycle.yaml"
     project = Project.open(spec, workspace=tmp_path)
     assert project.spec.gate is not None
     told = minimum_detectable(project, None, alpha=level([], project.spec.gate.alpha))
-    assert [line.split()[1] for line in told[:-1]] == ["capability", "harm", "over-refusal", "bias"]
+    counted = [line.split()[1] for line in told[:-1] if " items can show " in line]
+    assert counted == ["capability", "harm", "over-refusal", "bias"]
+    assert len(told) == 7, "domain and forgetting are known after the first evaluation"
     assert [line for line in told if "need more data" in line] == []
 
 

@@ -21,6 +21,7 @@ from fmops.artifacts import Judged
 from fmops.errors import FmopsError, GateRejected, NeedMoreData
 from fmops.faults import fault_site
 from fmops.locks import locked
+from fmops.orchestration.detectable import told_before
 from fmops.orchestration.events import EventLog, View
 from fmops.orchestration.fork_server import ForkServer
 from fmops.orchestration.launch import Event, launch_local
@@ -112,6 +113,8 @@ class _Run:
     folder: Path = field(init=False)
     log: EventLog = field(init=False)
     metrics: RunMetrics = field(init=False)
+    told: bool = False
+    """Whether it was said what the gate can show."""
 
     def go(self, todo: list[str]) -> Outcome:
         store = self.project.store
@@ -159,6 +162,7 @@ class _Run:
 
     def execute(self, name: str) -> Record:
         """Run one node, or find that its content is there already; called in the graph's order."""
+        self._tell_before()
         on_damage = partial(_set_aside, self.project.store, self.view)
         step = self.planner.step(self.project.graph.nodes[name], self.steps, on_damage=on_damage)
         if step.record:
@@ -190,6 +194,15 @@ class _Run:
             record=record,
         )  # fmt: skip
         return record
+
+    def _tell_before(self) -> None:
+        """Once, as soon as the items are pinned and before anything is measured: what the gate can show with them."""
+        pinned, gate = self.steps.get("benchmarks"), self.steps.get("gate")
+        if self.told or not (pinned and pinned.record) or not gate or gate.record:
+            return
+        self.told = True
+        for line in told_before(self.project, self.planner, self.steps):
+            self.log.add("gate", "note", text=line.strip().removeprefix("gate: "))
 
     def _forward(self, name: str, event: Mapping[str, Any]) -> None:
         fault_site("run-event")

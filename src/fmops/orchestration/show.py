@@ -14,6 +14,7 @@ from fmops.artifacts import Release
 from fmops.errors import FmopsError
 from fmops.integrity import read_json
 from fmops.locks import holder
+from fmops.orchestration.detectable import told_before
 from fmops.orchestration.estimate import estimate, parameters_of
 from fmops.orchestration.events import read_events
 from fmops.orchestration.project import Project
@@ -22,9 +23,6 @@ from fmops.store import Record, artifact_key
 
 if TYPE_CHECKING:
     from fmops.orchestration.run import Outcome
-
-DISAGREEMENT = 0.1
-"""Share of items on which base and candidate are expected to differ; a light finetune moves about so many."""
 
 
 def render_plan(project: Project, *, report: Report | None = None) -> str:
@@ -53,48 +51,8 @@ def render_plan(project: Project, *, report: Report | None = None) -> str:
     lines.append(f"expected: {least}{total / 60:,.1f} min on {project.threads} threads{cost}")
     if unknown:
         lines.append(f"not in that sum, never run here: {', '.join(unknown)}")
-    if project.spec.gate:
-        level, earlier = planner.next_level(project.spec.gate.alpha)
-        lines += minimum_detectable(project, steps["benchmarks"].record if "benchmarks" in steps else None, alpha=level)
-        lines.append(
-            f"gate: round {earlier + 1} of this workspace tests at level {level:.4f} of α {project.spec.gate.alpha:g}"
-        )
+    lines += told_before(project, planner, steps)
     return "\n".join(lines)
-
-
-def minimum_detectable(project: Project, pinned: Record | None, *, alpha: float) -> list[str]:
-    """What the gate can see with the items it has, before anything is spent: a line a family of right-or-wrong items.
-
-    Args:
-        pinned: the benchmarks artifact; before it is made the spec's limit stands for the number of items.
-        alpha: the level of the coming round.
-    """
-    from fmops.evaluation.items import most
-    from fmops.evaluation.statistics import minimum_detectable as detectable
-    from fmops.evaluation.suites import load_suite
-
-    spec = project.spec
-    if not (spec.gate and spec.evaluate):
-        return []
-    suites = [load_suite(name, root=project.graph.root) for name in spec.evaluate.suites]
-    families = len({suite.family for suite in suites})
-    lines = []
-    for suite in suites:
-        counts = []
-        for name, task in suite.tasks.items():
-            if task.corpus is None:
-                asked = [most(task.share, spec.evaluate.limit), pinned.artifact["items"][name] if pinned else None]
-                counts.append(min((count for count in asked if count), default=None))
-        n = sum(count or 0 for count in counts)
-        if not n or None in counts:
-            continue
-        margin = spec.gate.margins.get(suite.family, suite.margin)
-        seen = detectable(n, disagreement=DISAGREEMENT, alpha=alpha, families=families)
-        enough = "" if seen <= margin else "; an equal model may be told: need more data"
-        lines.append(
-            f"gate: {suite.family} with {n} items can show a margin of {seen:.3f}, asked is {margin:g}{enough}"
-        )
-    return [*lines, f"  (80 % power, {DISAGREEMENT:.0%} of the items answered otherwise than before)"] if lines else []
 
 
 def render_outcome(project: Project, outcome: Outcome) -> str:
