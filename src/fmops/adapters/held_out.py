@@ -1,6 +1,6 @@
 """Loss on text and dialogues that training never sees.
 
-Enters: a model, documents or packed blocks. Leaves: bits per byte, nats per token.
+Enters: a model, documents or dialogues, each read in a row of its own. Leaves: bits per byte, nats per token.
 Refuses: to disturb training: same arithmetic, no gradients, the mode it found is put back.
 """
 
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
+from fmops.adapters.linear_loss import CHUNK_BYTES, WITHOUT_LOGITS
 from fmops.adapters.model_files import evaluating, load_tokenizer
-from fmops.adapters.packing import IGNORED, Block, collate, pack
+from fmops.adapters.packing import IGNORED, Block, collate
 from fmops.artifacts import Corpus
 
 DOMAIN_TOKENS = 2048
@@ -42,14 +44,14 @@ D = TypeVar("D", bound=Dialogue)
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Openings of held-out documents, packed, and the bytes that their predicted tokens stand for."""
+    """Openings of held-out documents, and the bytes that their predicted tokens stand for."""
 
-    blocks: tuple[Block, ...]
+    documents: tuple[Block, ...]
     predicted_bytes: int
 
     def bits_per_byte(self, model: Any, *, dtype: torch.dtype) -> float:
         """Comparable between tokenizers, as a loss per token is not (Gao et al. 2020, section 3.1)."""
-        nats, _ = total_loss(model, self.blocks, dtype=dtype)
+        nats, _ = total_loss(model, self.documents, dtype=dtype)
         return nats / math.log(2) / self.predicted_bytes
 
 
@@ -69,7 +71,7 @@ def read_held_out(path: Path, tokenizer: Any, *, block_tokens: int) -> HeldOutTe
         # The first token has no predecessor to be predicted from, so its bytes do not count.
         predicted_bytes += len(text[offsets[1][0] : offsets[size - 1][1]].encode())
         left -= size
-    return HeldOutText(tuple(pack(pieces, block_tokens=block_tokens)), predicted_bytes) if pieces else None
+    return HeldOutText(tuple(pieces), predicted_bytes) if pieces else None
 
 
 def held_out_losses(corpus: Corpus, source: Path, *, dtype: torch.dtype) -> Callable[[Any], dict[str, float]]:
@@ -107,34 +109,39 @@ def first_dialogues(dialogues: Sequence[D]) -> list[D]:
     return chosen
 
 
-def held_out_loss(
-    dialogues: Sequence[Dialogue], *, block_tokens: int, dtype: torch.dtype
-) -> Callable[[Any], dict[str, float]]:
+def held_out_loss(dialogues: Sequence[Dialogue], *, dtype: torch.dtype) -> Callable[[Any], dict[str, float]]:
     """Measures nats a learnt token on the first held-out dialogues."""
-    blocks = pack([piece_of(dialogue) for dialogue in first_dialogues(dialogues)], block_tokens=block_tokens)
+    pieces = [piece_of(dialogue) for dialogue in first_dialogues(dialogues)]
 
     def measure(model: Any) -> dict[str, float]:
-        if not blocks:
+        if not pieces:
             return {}
-        nats, counted = total_loss(model, blocks, dtype=dtype)
+        nats, counted = total_loss(model, pieces, dtype=dtype)
         return {"held_out_loss": nats / max(1, counted)}
 
     return measure
 
 
-def total_loss(model: Any, blocks: Sequence[Block], *, dtype: torch.dtype) -> tuple[float, int]:
+def total_loss(model: Any, documents: Sequence[Block], *, dtype: torch.dtype) -> tuple[float, int]:
     """Negative log-likelihood of all labelled tokens, in nats, and how many there are."""
+    return summed_nats(model, (collate([document]) for document in documents), dtype=dtype)
+
+
+def summed_nats(model: Any, batches: Iterable[dict[str, Any]], *, dtype: torch.dtype) -> tuple[float, int]:
+    """The same of batches of one row, with `labels`; at most one logits matrix is held, none where the model can."""
     nats, tokens = 0.0, 0
     with evaluating(model, dtype=dtype) as device:
-        for block in blocks:
-            batch = {
-                key: value.to(device) if torch.is_tensor(value) else value for key, value in collate([block]).items()
-            }
-            labels = batch.pop("labels")[0, 1:]
-            learnt = labels != IGNORED
-            if not learnt.any():
+        for batch in batches:
+            row = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            learnt = (row["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
+            tokens += len(learnt)
+            if not len(learnt):
                 continue
-            logits = model(**batch).logits[0, :-1][learnt].float()
-            nats += float(torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum"))
-            tokens += int(learnt.sum())
+            if getattr(model, WITHOUT_LOGITS, False):
+                nats += float(model(**row, num_items_in_batch=1).loss)
+                continue
+            following = row.pop("labels")[0, 1:]
+            logits = model(**row).logits[0]
+            for part in learnt.split(max(1, CHUNK_BYTES // (4 * logits.shape[-1]))):
+                nats += float(cross_entropy(logits[part].float(), following[part], reduction="sum"))
     return nats, tokens

@@ -22,6 +22,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from fmops.adapters.learnt_rows import finish_learnt_rows, learnt_only
 
 IGNORED = -100
+WITHOUT_LOGITS = "_fmops_learns_without_logits"
+"""Marks a model that `learn_without_logits` changed."""
 CHUNK_BYTES = 2**26
 """Logits held at a time: fewer rows would starve the matrix multiplication."""
 LONGEST_CHUNK = 1024
@@ -117,6 +119,8 @@ def total_nats(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
         return hidden.sum() * 0.0 + weight[:1].sum() * 0.0
     if len(learnt) < len(labels):
         hidden, labels = hidden.index_select(0, learnt), labels.index_select(0, learnt)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # else its gradient would be made all the same
     nats: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
     return nats.sum()
 
@@ -160,6 +164,7 @@ def learn_without_logits(model: Any, *, note: Callable[[str], None]) -> bool:
         return CausalLMOutput(loss=nats / torch.as_tensor(counted, device=nats.device).clamp(min=1))
 
     model.forward = forward
+    setattr(model, WITHOUT_LOGITS, True)
     return True
 
 

@@ -67,7 +67,7 @@ def train(
     path = work / "train.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     model = load_model(source)
-    measure = held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype)
+    measure = held_out_loss(held_out, dtype=dtype)
     start = first_row(measure, model, context)
     made = work / "made"
     ends = tokens_after(rows, settings, processes=context.processes)

@@ -50,6 +50,7 @@ def load_model(folder: Path) -> Any:
             f"{folder} reads pictures, and instruction tuning alone trains such a one (instruct, `adapter: full`). "
             "Leave pretrain and align out, or name a language model as base."
         )
+    # Transformers takes torch's own attention wherever an architecture knows it; asked for by name, others are refused.
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )

@@ -5,7 +5,8 @@ Refuses: nothing silently: what does not fit a block is the caller's to refuse.
 
 Attention never crosses pieces because a batch has `position_ids` that restart at every piece, no attention mask, and
 `use_cache=False`: `document_attention` splits the row there, and where a model cannot use that, only then does
-Transformers build a block-diagonal mask (`find_packed_sequence_indices`).
+Transformers build a block-diagonal mask (`find_packed_sequence_indices`). Some architectures have other ways from token
+to token; `keeps_documents_apart` finds those out, and they get one piece a row.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ class BlockFile(Sequence[Block]):
     """Blocks in an Arrow table: four bytes a token, made into arrays one at a time."""
 
     def __init__(self, table: Any) -> None:
+        self._table = table
         self._ids = table.column("input_ids")
         self._lengths = table.column("lengths")
 
@@ -138,6 +140,19 @@ class BlockFile(Sequence[Block]):
     def __getitem__(self, index: Any) -> Any:
         ids = self._ids[index].values.to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
         return Block(ids, tuple(self._lengths[index].as_py()))
+
+    def apart(self) -> BlockFile:
+        """The same tokens, one piece a block."""
+        import pyarrow as pa
+
+        parts = []
+        for batch in self._table.select(["input_ids", "lengths"]).to_batches():
+            ids, lengths = (column.flatten() for column in batch.columns)
+            ends = np.cumsum((0, *lengths.to_pylist()), dtype=np.int32)
+            ones = np.arange(len(lengths) + 1, dtype=np.int32)
+            columns = [pa.ListArray.from_arrays(ends, ids), pa.ListArray.from_arrays(ones, lengths)]
+            parts.append(pa.record_batch(columns, names=batch.schema.names))
+        return BlockFile(pa.Table.from_batches(parts))
 
     def sizes(self) -> list[int]:
         """Tokens of each block."""

@@ -21,8 +21,8 @@ from transformers import Trainer
 
 from fmops.adapters import ranks
 from fmops.adapters.eyes import Eyes, load_seeing, pictures_of
-from fmops.adapters.held_out import first_dialogues
-from fmops.adapters.model_files import evaluating, load_tokenizer
+from fmops.adapters.held_out import first_dialogues, summed_nats
+from fmops.adapters.model_files import load_tokenizer
 from fmops.adapters.packing import IGNORED
 from fmops.adapters.trainer import Trained, run
 from fmops.adapters.training_stage import begin, leave, plan_epochs, watch_over
@@ -125,16 +125,7 @@ def _held_out_loss(
     chosen = first_dialogues(dialogues)
 
     def measure(model: Any) -> dict[str, float]:
-        nats, counted = 0.0, 0
-        with evaluating(model, dtype=dtype) as device:
-            for dialogue in chosen:
-                batch = collate([dialogue])
-                batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-                labels = batch.pop("labels")[0, 1:]
-                learnt = labels != IGNORED
-                logits = model(**batch).logits[0, :-1][learnt].float()
-                nats += float(torch.nn.functional.cross_entropy(logits, labels[learnt], reduction="sum"))
-                counted += int(learnt.sum())
+        nats, counted = summed_nats(model, (collate([dialogue]) for dialogue in chosen), dtype=dtype)
         return {"held_out_loss": nats / counted} if counted else {}
 
     return measure

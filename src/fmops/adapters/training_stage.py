@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from fmops.adapters.document_attention import attend_by_document
+from fmops.adapters.document_attention import attend_by_document, keeps_documents_apart
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import (
     add_lora,
@@ -73,20 +73,20 @@ def plan_epochs(config: Instruct, sizes: Sequence[int], *, seed: int) -> Plan:
     return plan
 
 
-def ready(source: Path, context: StageContext, *, rank: int | None) -> tuple[Any, float]:
-    """The model in `source` with our attention and loss, ready to be trained, in shards where it is; and the operations
-    that a trained token needs.
+def ready(source: Path, context: StageContext, *, rank: int | None) -> tuple[Any, float, bool]:
+    """The model in `source` with our attention and loss, ready to be trained, in shards where it is; the operations
+    that a trained token needs; and whether a row may hold several documents.
 
     `rank` is that of a LoRA adapter, None trains every weight.
     """
     model = load_model(source)
-    attend_by_document(model, note=context.note)
+    packs = attend_by_document(model, note=context.note) or keeps_documents_apart(model)
     learn_without_logits(model, note=context.note)
     if rank is not None:
         model = add_lora(model, rank=rank)
     # Shards would count as what one process holds of them.
     work_a_token = flop_per_token(model)
-    return shard(model, context.sharding), work_a_token
+    return shard(model, context.sharding), work_a_token, packs
 
 
 def watch_over(

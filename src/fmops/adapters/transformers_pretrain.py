@@ -49,11 +49,13 @@ def train(
     `benchmarks` bring the items of `config.suites`.
     """
     work, dtype = begin(context, out=out)
+    model, work_a_token, packs = ready(source, context, rank=LORA_RANK if config.tuning == "lora" else None)
     blocks = read_blocks(corpus.train_shards)
+    if not packs:
+        blocks = blocks.apart()
     sizes = blocks.sizes()
     plan = plan_blocks(config, sizes, seed=context.seed)
-    model, work_a_token = ready(source, context, rank=LORA_RANK if config.tuning == "lora" else None)
-    micro = micro_batch(plan, sizes, processes=ranks.world())
+    micro = micro_batch(plan, sizes, processes=ranks.world()) if packs else 1
     losses = held_out_losses(corpus, source, dtype=dtype)
     watch = watch_over(plan, config, context, losses=losses, source=source, benchmarks=benchmarks)
     watch.keep, watch.flop_per_token, watch.peak_flop_per_s = keep, work_a_token, peak_flop_per_s(dtype)

@@ -72,12 +72,12 @@ def train(
         pieces += documents_beside(config, corpus, tokens=tokens, seed=context.seed)
     # Packing goes by the order it is given; sources often come sorted by topic.
     random.Random(context.seed).shuffle(pieces)
-    blocks = pack(pieces, block_tokens=config.block_tokens)
+    model, work_a_token, packs = ready(source, context, rank=config.rank if config.adapter == "lora" else None)
+    blocks = pack(pieces, block_tokens=config.block_tokens) if packs else pieces
     sizes = [len(block.input_ids) for block in blocks]
     plan = plan_epochs(config, sizes, seed=context.seed)
-    model, work_a_token = ready(source, context, rank=config.rank if config.adapter == "lora" else None)
-    micro = micro_batch(plan, sizes, processes=ranks.world())
-    losses = held_out_loss(held_out, block_tokens=config.block_tokens, dtype=dtype)
+    micro = micro_batch(plan, sizes, processes=ranks.world()) if packs else 1
+    losses = held_out_loss(held_out, dtype=dtype)
     watch = watch_over(plan, config, context, losses=losses, source=source, benchmarks=benchmarks)
     watch.flop_per_token, watch.peak_flop_per_s = work_a_token, peak_flop_per_s(dtype)
     planned = PlannedBlocks(blocks, plan)
