@@ -190,6 +190,21 @@ class FamilyResult(Frozen):
     fragile: int = Field(0, description="Items that the batch tolerance could turn; counted against the challenger.")
 
 
+class GuardResult(Frozen):
+    """One benchmark of a pooled family against its guard. Differences are oriented so that positive is better."""
+
+    task: str
+    family: str
+    n: int
+    clusters: int
+    difference: float = Field(description="Mean of challenger − champion.")
+    lower: float = Field(description="Pessimistic end of the interval.")
+    upper: float = Field(description="Optimistic end; each end is missed with at most α over the number of guards.")
+    guard: float = Field(description="The tolerated loss, in the family's unit.")
+    unit: str = ""
+    fallen: bool = Field(False, description="Whether even the optimistic end lies below −guard; that rejects.")
+
+
 class GateDecision(Artifact):
     """Promote, reject, or need more data: `decision.json`."""
 
@@ -203,6 +218,7 @@ class GateDecision(Artifact):
     p_value: float | None = None
     wealth: float | None = Field(None, description="α that later rounds may still spend, before they earn any.")
     rounds: tuple[Judged, ...] = Field(default=(), description="Every round that was tested, this one last.")
+    guards: tuple[GuardResult, ...] = Field(default=(), description="Benchmarks that share a family with others.")
 
 
 class Parity(Frozen):

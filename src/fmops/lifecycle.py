@@ -263,6 +263,11 @@ class Gate(Frozen):
     margins: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Tolerated loss by family, in the family's own unit. Left out: the suite's own margin."
     )
+    guards: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Loss by task (benchmark), in its family's unit, past which the candidate is rejected whatever its "
+        "family says. Left out: twice the family's margin.",
+    )
     primary: Names = Field(
         ("domain",), description="Families of which at least one must improve; [] asks for no regression only."
     )

@@ -62,7 +62,7 @@ STAGES: dict[str, Stage] = {
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, in_ranks=True, version=2),
         Stage("align", "fmops.finetuning.align:align", Checkpoint, version=3),
         Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=5),
-        Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=3),
+        Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=4),
         Stage("release", "fmops.deployment.release:release", Release, version=2),
     )
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fmops.artifacts import FamilyResult, GuardResult
 from fmops.evaluation.compare import Comparison, Moved, Slice, TaskDifference
 from fmops.evaluation.gate import Decision
 from fmops.evaluation.judge import Pair, weigh
@@ -93,6 +94,25 @@ def test_every_round_shows_what_became_of_each_family(page):
         assert "need more data" in row
         assert f"−{0.1 * place:.3f}" in row
         assert f"{0.01 / place:.5f}" in row
+
+
+def test_a_benchmark_past_its_guard_stands_beside_its_family(tmp_path):
+    family = FamilyResult(
+        family="capability", n=1500, clusters=1500, difference=-0.03, standard_error=0.01, lower=-0.045, upper=-0.015,
+        margin=0.05, minimum_detectable=0.03, verdict="non-inferior",
+    )  # fmt: skip
+    fallen, held = (
+        GuardResult(
+            task=task, family="capability", n=250, clusters=250, difference=difference, lower=difference - 0.05,
+            upper=difference + 0.05, guard=0.1, fallen=difference < -0.15,
+        )
+        for task, difference in (("boolq", -0.3), ("piqa", 0.0))
+    )  # fmt: skip
+    decision = Decision("reject", ("boolq fell",), (family,), guards=(fallen, held))
+    compared = Compared(record("a"), record("b"), decision, None, ())
+    text = write_page(compared, tmp_path / "page.html", name="tiny", alpha=0.05).read_text(encoding="utf-8")
+    assert '<small class="bad">boolq −0.300, guard 0.100</small>' in text
+    assert "piqa" not in text
 
 
 @pytest.mark.parametrize(("verdict", "code"), [("promote", 0), ("reject", 3), ("need more data", 4)])

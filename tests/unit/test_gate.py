@@ -299,11 +299,11 @@ def test_an_answer_that_a_batch_could_turn_counts_against_the_challenger(tmp_pat
     assert "30 within the batch tolerance, counted as lost" in decision.reasons[0]
 
 
-def critical(folder: Path) -> None:
-    """Make the report's tasks classes of attacks."""
+def rewritten(folder: Path, **fields) -> None:
+    """Give every task of a report these fields."""
     path = folder / "protocol.json"
     protocol = json.loads(path.read_text())
-    write_json(path, {**protocol, "tasks": [{**task, "critical": True} for task in protocol["tasks"]]})
+    write_json(path, {**protocol, "tasks": [{**task, **fields} for task in protocol["tasks"]]})
 
 
 @pytest.mark.parametrize(("champion_falls", "verdict"), [(0, "reject"), (1, "promote")])
@@ -315,7 +315,7 @@ def test_a_critical_attack_that_the_champion_withstood_blocks_be_it_one(tmp_path
     reports = [report(folder, {"attacks": scores}) for folder, scores in zip(folders, (before, after), strict=True)]
     assert judge(*reports).verdict == "promote", "one of 200 is within the margin"
     for folder in folders:
-        critical(folder)
+        rewritten(folder, critical=True)
     decision = judge(*(with_fingerprint(each) for each in reports))
     assert decision.verdict == verdict
     if verdict == "reject":
@@ -327,6 +327,95 @@ def test_a_critical_attack_that_the_champion_withstood_blocks_be_it_one(tmp_path
 def with_fingerprint(made: EvalReport) -> EvalReport:
     protocol = Protocol.model_validate_json((made.path / "protocol.json").read_bytes())
     return made.model_copy(update={"fingerprint": protocol.fingerprint})
+
+
+@pytest.fixture
+def pooled(tmp_path):
+    """Two reports whose benchmarks are one family, `all`."""
+
+    def make(before: dict[str, list[float]], after: dict[str, list[float]], **given) -> list[EvalReport]:
+        made = []
+        for name, scores in (("before", before), ("after", after)):
+            folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+            found = report(folder, scores, **given)
+            rewritten(folder, family="all")
+            made.append(with_fingerprint(found))
+        return made
+
+    return make
+
+
+def test_a_benchmark_that_falls_inside_a_family_that_holds_is_named_and_rejects(tmp_path, judge, pooled):
+    # One of five loses 40 of its 100 items: 0.033 of the family's 1,200, whose margin is 0.1.
+    before = {"small": half(100), **{f"large-{n}": half(275) for n in range(4)}}
+    reports = pooled(before, {**before, "small": [0.0] * 80 + half(20)})
+    decision = judge(*reports)
+    assert decision.families[0].verdict == "non-inferior"
+    assert decision.verdict == "reject"
+    assert decision.reasons == (
+        "small-task of all fell by more than its guard: -0.4000 accuracy (one-sided 99 % bounds -0.5163 and -0.2940, "
+        "guard 0.2, n = 100)",
+    )
+    written = json.loads((tmp_path / "gate" / "decision.json").read_text())["guards"]
+    assert [(each["task"], each["fallen"]) for each in written][:2] == [("small-task", True), ("large-0-task", False)]
+    assert judge(*reports, guards={"small-task": 0.3}).verdict == "promote", "its optimistic end is -0.29"
+    assert judge(*reports, margins={"all": 0.2}).verdict == "promote", "left out, a guard is twice the margin"
+
+
+def test_a_guard_that_is_undecided_blocks_nothing(judge, pooled):
+    # Three of ten items lost, and the family holds: ten items say too little.
+    before = {"small": [1.0] * 10, "large": half(500)}
+    decision = judge(*pooled(before, {**before, "small": [0.0] * 3 + [1.0] * 7}))
+    small = decision.guards[0]
+    assert (small.difference, small.fallen) == (pytest.approx(-0.3), False)
+    assert small.lower < -small.guard < small.upper
+    assert decision.verdict == "promote"
+
+
+def test_guards_keep_their_alpha_when_the_rounds_have_spent_theirs(judge, pooled):
+    before = {name: half(400) for name in ("a", "b", "c", "d", "e")}
+    reports = pooled(before, {**before, "a": [0.0] * 240 + half(160)})
+    first = judge(*reports)
+    late = judge(*reports, earlier=(first.rounds[0],) * 30)
+    assert late.level < first.level
+    assert late.guards == first.guards
+    assert late.verdict == "reject"
+
+
+def test_guards_hold_in_bits_per_byte(judge, pooled):
+    before = {name: [1.0 + 0.01 * n for n in range(40)] for name in ("law", "code", "news", "talk")}
+    worse = [value + 0.3 + 0.001 * (n % 3) for n, value in enumerate(before["law"])]
+    gained = [value - 0.1 - 0.001 * (n % 3) for n, value in enumerate(before["code"])]
+    decision = judge(*pooled(before, {**before, "law": worse, "code": gained}, higher=False))
+    assert [each.task for each in decision.guards if each.fallen] == ["law-task"]
+    assert decision.guards[0].difference == pytest.approx(-0.301, abs=1e-4)
+    assert decision.verdict == "reject"
+
+
+def test_a_benchmark_alone_in_its_family_has_the_margin_and_may_be_given_a_guard(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(200)})
+    challenger = report(tmp_path / "b", {"skill": [0.0] * 40 + half(160)})
+    assert judge(champion, challenger, margins={"skill": 0.2}).guards == ()
+    assert judge(champion, challenger, margins={"skill": 0.2}, guards={"skill-task": 0.02}).verdict == "reject"
+
+
+def test_items_that_the_training_data_held_guard_nothing(tmp_path, judge, pooled):
+    before = {"small": half(100), "large": half(800)}
+    reports = pooled(before, {**before, "small": [0.0] * 80 + half(20)})
+    assert judge(*reports).verdict == "reject"
+    write_lines(
+        tmp_path / "contaminated.jsonl", [{"task": "small-task", "sample": f"small-{index}"} for index in range(80)]
+    )
+    decision = judge(*reports, data={"conversations": Conversations(path=tmp_path, conversations=1, held_out=0)})
+    assert [each.n for each in decision.guards] == [20, 800]
+    assert decision.verdict == "promote"
+
+
+def test_a_guard_for_nothing_is_a_mistake(tmp_path, judge):
+    champion = report(tmp_path / "a", {"skill": half(20)})
+    told = r"unknown task under gate.guards: 'skil-task'. Did you mean 'skill-task'\? Known: skill-task."
+    with pytest.raises(FmopsError, match=told):
+        judge(champion, champion, guards={"skil-task": 0.1})
 
 
 def test_a_scale_is_not_surer_than_its_tolerance(tmp_path, judge):
@@ -361,7 +450,13 @@ def test_the_p_value_says_what_the_verdict_says(families):
 
 def evidence(families: dict[str, list[float]], *, binary: bool = True) -> Evidence:
     pairs = {
-        name: Pairs(name, differences, [str(index) for index in range(len(differences))], binary)
+        name: Pairs(
+            name,
+            differences,
+            [str(index) for index in range(len(differences))],
+            binary,
+            tasks=[f"{name}-task"] * len(differences),
+        )
         for name, differences in families.items()
     }
     return Evidence((), tuple(pinned(name, items=len(values)) for name, values in families.items()), pairs)
@@ -432,7 +527,7 @@ def test_a_good_model_is_promoted():
 def test_clustered_gains_count_documents_not_sentences():
     # Forty sentences of two documents: the sentences agree, the documents are too few to conclude anything.
     differences = [1.0] * 20 + [0.0] * 20
-    pairs = Pairs("domain", differences, ["a"] * 20 + ["b"] * 20, True)
+    pairs = Pairs("domain", differences, ["a"] * 20 + ["b"] * 20, True, tasks=["domain-task"] * 40)
     found = Evidence((), (pinned("domain", items=40),), {"domain": pairs})
     decision = decide(found, alpha=0.05, margins={}, primary=("domain",))
     assert decision.verdict == "need more data"

@@ -26,7 +26,7 @@ def real() -> Evidence:
         differences = [float(value) for value in kept["differences"]]
         families[name] = Pairs(
             name, differences, [str(cluster) for cluster in kept["clusters"]], kept["binary"],
-            fragile=kept["fragile"], tolerance=kept["tolerance"],
+            fragile=kept["fragile"], tolerance=kept["tolerance"], tasks=[name] * len(differences),
         )  # fmt: skip
         tasks.append(PinnedTask(
             task=name, suite=name, family=name, margin=kept["margin"], unit=kept["unit"], higher_is_better=True,

@@ -115,6 +115,10 @@ def test_all_that_could_not_run_is_told_at_once_each_with_its_line(tmp_path):
             "evaluate: {suites: bias}\ngate: {primary: [], margins: {bais: 1}}",
             "unknown family under gate.margins 'bais'. Did you mean 'bias'?",
         ),
+        (
+            "evaluate: {suites: capability}\ngate: {primary: [], guards: {mmlo: 0.1}}",
+            "unknown task under gate.guards 'mmlo'. Did you mean 'mmlu'? Known: boolq, commonsenseqa,",
+        ),
         ("rollout: {margins: {refusd: 0.1}}", "unknown signal under rollout.margins 'refusd'. Did you mean 'refused'?"),
         ("monitor: {tolerances: {slo: 0.1}}", "unknown signal under monitor.tolerances 'slo'. Did you mean 'slow'?"),
     ],

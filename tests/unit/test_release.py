@@ -20,6 +20,7 @@ from fmops.artifacts import (
     EvalReport,
     FamilyResult,
     GateDecision,
+    GuardResult,
     Metric,
     Preferences,
 )
@@ -63,8 +64,12 @@ def decision(path: Path, verdict: str, *reasons: str) -> GateDecision:
         family="domain", n=200, clusters=20, difference=0.1, standard_error=0.02, lower=0.067, upper=0.133, margin=0.02,
         minimum_detectable=0.05, verdict="non-inferior",
     )  # fmt: skip
+    guards = tuple(
+        GuardResult(task=task, family="domain", n=100, clusters=10, difference=0.1, lower=0.0, upper=0.2, guard=0.04)
+        for task in ("new", "old")
+    )
     return GateDecision(
-        path=path, verdict=verdict, reasons=reasons, alpha=0.05, families=(family,), improved=("domain",)
+        path=path, verdict=verdict, reasons=reasons, alpha=0.05, families=(family,), improved=("domain",), guards=guards
     )
 
 
@@ -123,6 +128,7 @@ def test_the_card_says_what_the_artifacts_say(checkpoint, tmp_path, context):
         "| domain | new | bits_per_byte ↓ | – | 0.5000 ± 0.0100 (200) |",
         "Verdict: **promote** at α = 0.05.",
         "| domain | 200 | +0.1000 ± 0.0200 | +0.0670 … +0.1330 | 0.02 | non-inferior |",
+        "Of 2 guarded benchmarks, surely worse by more than their guard: none.",
         "Primary families that improved (Holm): domain.",
         "would most likely not have been seen: domain 0.05.",
     ):

@@ -295,6 +295,9 @@ def _gate(gate: GateDecision | None) -> list[str]:
         f"{f.lower:+.4f} … {f.upper:+.4f} | {f.margin:g} | {f.verdict} |"
         for f in gate.families
     ]
+    if gate.guards:
+        fallen = ", ".join(_cell(each.task) for each in gate.guards if each.fallen) or "none"
+        lines += ["", f"Of {len(gate.guards)} guarded benchmarks, surely worse by more than their guard: {fallen}."]
     improved = ", ".join(gate.improved) or "none"
     return [*lines, "", f"Primary families that improved (Holm): {improved}."]
 

@@ -37,6 +37,8 @@ class Pairs:
     """What the company in a batch may move a score on a scale by."""
     contaminated: list[float] = field(default_factory=list)
     """Differences of the items that the training data held; they are shown and judge nothing."""
+    tasks: list[str] = field(default_factory=list)
+    """Whose item each difference is."""
 
     @property
     def pessimistic(self) -> list[float]:
@@ -45,6 +47,15 @@ class Pairs:
             return [difference - self.tolerance for difference in self.differences]
         fragile = set(self.fragile)
         return [-1.0 if place in fragile else difference for place, difference in enumerate(self.differences)]
+
+    def by_task(self) -> dict[str, Pairs]:
+        """Each benchmark's items by themselves, without what the training data held."""
+        parts: dict[str, Pairs] = {}
+        for task, difference, cluster in zip(self.tasks, self.differences, self.clusters, strict=True):
+            part = parts.setdefault(task, Pairs(self.family, binary=self.binary))
+            part.differences.append(difference)
+            part.clusters.append(cluster)
+        return parts
 
 
 @dataclass(frozen=True)
@@ -244,4 +255,5 @@ def _pair(
                 pairs.fragile.append(len(pairs.differences))
             pairs.differences.append(sign * (after - before))
             pairs.clusters.append(f"{task.task}/{row['cluster']}")
+            pairs.tasks.append(task.task)
     return families

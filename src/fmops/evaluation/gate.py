@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from fmops.artifacts import (
@@ -19,6 +20,7 @@ from fmops.artifacts import (
     EvalReport,
     FamilyResult,
     GateDecision,
+    GuardResult,
     Judged,
     Preferences,
 )
@@ -31,6 +33,9 @@ from fmops.jobs import GateJob
 from fmops.stage import StageContext
 
 POWER = 0.8
+GUARD = 2.0
+"""A benchmark's guard, in margins of its family. Two benchmarks pooled let one lose twice the margin at most while the
+other holds; a family of more of them allows one no more than that."""
 RESISTANCE = frozenset({"harm", "red-team"})
 """Families in which saying nothing of use looks best."""
 Verdict = Literal["promote", "reject", "need more data"]
@@ -46,6 +51,7 @@ class Decision:
     improved: tuple[str, ...] = ()
     p_value: float | None = None
     """Of the whole test; None when the evidence allowed none."""
+    guards: tuple[GuardResult, ...] = ()
 
 
 def gate(
@@ -66,15 +72,21 @@ def gate(
         data: what the challenger was trained on; items that it held are shown, and judge nothing.
 
     Raises:
-        FmopsError: a margin for a family that no suite measures.
+        FmopsError: a margin for a family that no suite measures, or a guard for a task of none.
     """
     evidence = gather(champion, challenger, contaminated=contaminated_items(data.values()))
-    measured = {task.family for task in evidence.tasks}
-    for family in config.margins:
-        if measured and family not in measured:
-            raise unknown("family under gate.margins:", family, measured)
+    for what, named, measured in (
+        ("family under gate.margins:", config.margins, {task.family for task in evidence.tasks}),
+        ("task under gate.guards:", config.guards, {task.task for task in evidence.tasks}),
+    ):
+        for name in named:
+            if measured and name not in measured:
+                raise unknown(what, name, measured)
     level = spending.level(config.earlier, config.alpha)
-    decision = decide(evidence, alpha=level, margins=config.margins, primary=config.primary)
+    decision = decide(
+        evidence, alpha=level, margins=config.margins, primary=config.primary,
+        guards=config.guards, guard_alpha=config.alpha,
+    )  # fmt: skip
     rounds, p_value = config.earlier, decision.p_value
     if p_value is not None:
         promoted = decision.verdict == "promote"
@@ -91,6 +103,7 @@ def gate(
         p_value=p_value,
         wealth=spending.wealth(rounds, config.alpha),
         rounds=rounds,
+        guards=decision.guards,
     )
     write_json(out / "decision.json", artifact.model_dump(mode="json"))
     return artifact
@@ -107,19 +120,29 @@ def scores_digest(report: EvalReport) -> str:
     return sha256(report.path / "samples.jsonl")
 
 
-def decide(evidence: Evidence, *, alpha: float, margins: Mapping[str, float], primary: tuple[str, ...]) -> Decision:
+def decide(
+    evidence: Evidence,
+    *,
+    alpha: float,
+    margins: Mapping[str, float],
+    primary: tuple[str, ...],
+    guards: Mapping[str, float] = MappingProxyType({}),
+    guard_alpha: float | None = None,
+) -> Decision:
     """The policy. Rules are read in order; the first that applies gives the verdict.
 
     1. Reject when evidence is missing, partial, not a number, or of another protocol.
     2. Reject when some family regressed: the optimistic end of its difference lies below −margin. Reject when a
-       critical class of attacks succeeds that the champion withstood whole, be it once.
+       benchmark of a pooled family fell: its optimistic end lies below −guard. Reject when a critical class of attacks
+       succeeds that the champion withstood whole, be it once.
     3. Reject when a gain is asked for and ruled out: the optimistic end of every primary family is at most 0.
     4. Need more data when some family is undecided (its interval holds −margin), or when a gain is asked for and no
        primary family's is significant (Holm over the primaries).
     5. Promote: the pessimistic end of every family lies above −margin, and a primary family improved.
 
     Promoting a model that is worse than a margin in any family has probability at most α: every family must pass its
-    own test at level α (intersection–union), so no correction is due.
+    own test at level α (intersection–union), so no correction is due. Guards only add rejections; what they cost, and
+    `guard_alpha` (left out: α), see `guarded`.
     """
     problems = list(evidence.problems)
     problems += [
@@ -130,23 +153,75 @@ def decide(evidence: Evidence, *, alpha: float, margins: Mapping[str, float], pr
     if problems:
         return Decision("reject", tuple(problems))
     count = len(evidence.families)
+    margins = {family: margins.get(family, evidence.margin(family)) for family in evidence.families}
     results = tuple(
-        compare(
-            pairs,
-            alpha=alpha,
-            margin=margins.get(family, evidence.margin(family)),
-            families=count,
-            unit=evidence.unit(family),
-        )
+        compare(pairs, alpha=alpha, margin=margins[family], families=count, unit=evidence.unit(family))
         for family, pairs in evidence.families.items()
     )
+    benchmarks = guarded(evidence, alpha=guard_alpha or alpha, margins=margins, guards=guards)
     p_values = {name: improvement(evidence.families[name]) for name in primary}
     improved = statistics.holm(p_values, alpha)
-    verdict, reasons = _verdict(results, primary, improved, alpha, breaches=evidence.breaches)
+    fallen = _fallen(benchmarks, guard_alpha or alpha)
+    verdict, reasons = _verdict(results, primary, improved, alpha, rejected=[*fallen, *_breached(evidence.breaches)])
     # Intersection–union takes the largest p-value; of the gains Holm lets one pass when the smallest, times their
     # number, does.
     gain = min(1.0, len(p_values) * min(p_values.values())) if p_values else 0.0
-    return Decision(verdict, reasons, results, improved, max(gain, *(result.p_value for result in results)))
+    p_value = max(gain, *(result.p_value for result in results))
+    return Decision(verdict, reasons, results, improved, p_value, benchmarks)
+
+
+def guarded(
+    evidence: Evidence, *, alpha: float, margins: Mapping[str, float], guards: Mapping[str, float]
+) -> tuple[GuardResult, ...]:
+    """Each benchmark that shares its family with others, or has a guard of its own, against its guard.
+
+    Every one is tested at α over their number (Bonferroni): where none has lost more than its guard, one or more is
+    called fallen with probability at most α, and an equal model far more rarely. One that is undecided blocks nothing,
+    so how few its items are costs no good model anything. A benchmark of one cluster has no error and no guard.
+    """
+    chosen = [
+        (task, pairs)
+        for parts in (whole.by_task() for whole in evidence.families.values())
+        for task, pairs in parts.items()
+        if (len(parts) > 1 or task in guards) and len(set(pairs.clusters)) > 1
+    ]
+    results = []
+    for task, pairs in chosen:
+        lower, upper = _bounds(pairs, pairs.differences, alpha / len(chosen))
+        guard = guards.get(task, GUARD * margins[pairs.family])
+        results.append(
+            GuardResult(
+                task=task,
+                family=pairs.family,
+                n=len(pairs.differences),
+                clusters=len(set(pairs.clusters)),
+                difference=math.fsum(pairs.differences) / len(pairs.differences),
+                lower=lower,
+                upper=upper,
+                guard=guard,
+                unit=evidence.unit(pairs.family),
+                fallen=upper < -guard,
+            )
+        )
+    return tuple(results)
+
+
+def _fallen(guards: tuple[GuardResult, ...], alpha: float) -> list[str]:
+    level = f"{100 * (1 - alpha / max(1, len(guards))):.4g} %"
+    return [
+        f"{each.task} of {each.family} fell by more than its guard: {each.difference:+.4f} {each.unit} (one-sided "
+        f"{level} bounds {each.lower:+.4f} and {each.upper:+.4f}, guard {each.guard:g}, n = {each.n})"
+        for each in guards
+        if each.fallen
+    ]
+
+
+def _breached(breaches: tuple[Breach, ...]) -> list[str]:
+    return [
+        f"{each.task} is critical: the champion withstood all {each.n}, the challenger gave way to "
+        f"{len(each.samples)}, first {each.samples[0]}"
+        for each in breaches
+    ]
 
 
 def compare(pairs: Pairs, *, alpha: float, margin: float, families: int, unit: str = "") -> FamilyResult:
@@ -225,19 +300,14 @@ def _verdict(
     improved: tuple[str, ...],
     alpha: float,
     *,
-    breaches: tuple[Breach, ...],
+    rejected: list[str],
 ) -> tuple[Verdict, tuple[str, ...]]:
     level = f"{100 * (1 - alpha):.4g} %"
     told = {result.family: _told(result, level) for result in results}
     regressed = [result for result in results if result.verdict == "regressed"]
     undecided = [result for result in results if result.verdict == "undecided"]
     gains = [result for result in results if result.family in primary]
-    bad = [f"{each.family} regressed: {told[each.family]}" for each in regressed]
-    bad += [
-        f"{each.task} is critical: the champion withstood all {each.n}, the challenger gave way to "
-        f"{len(each.samples)}, first {each.samples[0]}"
-        for each in breaches
-    ]
+    bad = [*(f"{each.family} regressed: {told[each.family]}" for each in regressed), *rejected]
     if bad:
         return "reject", tuple(bad)
     if gains and all(each.upper <= 0 for each in gains):

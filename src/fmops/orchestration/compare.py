@@ -83,7 +83,7 @@ def compare(project: Project, a: str, b: str) -> Compared:
     evidence = gather(champion, challenger, contaminated=contaminated_items(data))
     policy = project.spec.gate or Gate(primary=())
     margins = {name: margin for name, margin in policy.margins.items() if name in evidence.families}
-    decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=policy.primary)
+    decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=policy.primary, guards=policy.guards)
     gates = tuple(record for record in store.records() if record.kind == "gate")
     side_by_side = lay_side_by_side(champion, challenger, _items(store, after)) if evidence.families else None
     judged = None

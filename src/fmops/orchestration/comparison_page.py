@@ -60,13 +60,14 @@ def _view(compared: Compared) -> dict[str, Any]:
     found, gate = compared.comparison, compared.gate.artifact if compared.gate else {}
     moved = found.moved if found else ()
     families = [family.model_dump() for family in compared.decision.families]
+    guards = [each.model_dump() for each in compared.decision.guards]
     return {
         "before": compared.before.key,
         "after": compared.after.key,
         "verdict": compared.decision.verdict.capitalize(),
         "tone": TONES[compared.decision.verdict],
         "reasons": compared.decision.reasons,
-        "families": gate_rows({"families": families}),
+        "families": gate_rows({"families": families, "guards": guards}),
         "tasks": found.tasks if found else (),
         "slices": found.slices if found else (),
         "judged": told_preference(compared.judged) if compared.judged else (),

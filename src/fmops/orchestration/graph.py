@@ -188,10 +188,13 @@ class _Builder:
 
         spec, asked = self.spec, self.spec.evaluate
         if asked:
-            families = {load_suite(name, root=self.root).family for name in asked.suites}
+            suites = [load_suite(name, root=self.root) for name in asked.suites]
+            families = {suite.family for suite in suites}
             # Found out by the gate itself, it would cost the whole training.
             for key, named in (("margins", spec.gate.margins), ("primary", spec.gate.primary)) if spec.gate else ():
                 _refuse_others(named, families, what="family", at=("gate", key))
+            tasks = {task for suite in suites for task in suite.tasks}
+            _refuse_others(spec.gate.guards if spec.gate else (), tasks, what="task", at=("gate", "guards"))
         # With rotation all items are pinned, and kept out of the training data; a round asks some of them.
         limit = asked.limit if asked and not asked.rotate else None
         job = BenchmarksJob(suites=asked.suites if asked else (), limit=limit, watched=watched(spec, self.root))

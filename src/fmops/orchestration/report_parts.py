@@ -145,15 +145,19 @@ def score_rows(reports: Sequence[Record | None]) -> list[dict[str, Any]]:
 
 
 def gate_rows(gate: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a family: the paired difference, its one-sided interval and the margin."""
+    """One row a family: the paired difference, its one-sided interval, the margin, benchmarks past their guard."""
     tones = {"non-inferior": "good", "regressed": "bad", "undecided": "open"}
+    fallen: dict[str, list[dict[str, Any]]] = {}
+    for each in gate.get("guards", ()):
+        if each["fallen"]:
+            fallen.setdefault(each["family"], []).append(each)
     rows = []
     for family in sorted(gate["families"], key=lambda family: _place(family["family"])):
         numbers = [family[name] for name in ("lower", "difference", "upper")]
         drawn = all(map(math.isfinite, numbers))
         tone = tones[family["verdict"]]
         svg = margin_interval(*numbers, margin=family["margin"], css=tone) if drawn else Markup("")
-        rows.append({**family, "tone": tone, "svg": svg})
+        rows.append({**family, "tone": tone, "svg": svg, "fallen": fallen.get(family["family"], [])})
     return rows
 
 
