@@ -95,6 +95,8 @@ class StageContext:
     """What this attempt chose by measurement (precision); it goes into the record's environment."""
     still_mine: Callable[[], None] = lambda: None
     """Raises when another process has taken the stage over. Asked before anything of it is changed that lasts."""
+    told_to_leave: Callable[[], bool] = lambda: False
+    """Whether who started this process wants it to leave; asked after each step, where no signal reaches it (Ray)."""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     clock: Callable[[], float] = time.monotonic
     _last_progress: float = field(default=-1e9, repr=False)

@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from fmops.adapters import ranks
+from fmops.adapters.training_faults import on_sigterm
 from fmops.errors import FmopsError
 
 REPORTS = "reports.jsonl"
@@ -35,8 +36,9 @@ PASSED_ON = ("FMOPS_FAULT", "HF_HUB_OFFLINE")
 
 
 def train_on_ray(
-    job: Path, *, workers: int, threads: int, restarts: int, run: Callable[..., None], on_report: Callable[[str], None]
-) -> None:
+    job: Path, *, workers: int, threads: int, restarts: int, run: Callable[..., None], leave: Path,
+    on_report: Callable[[str], None],
+) -> None:  # fmt: skip
     """Run a job's ranks on the cluster that RAY_ADDRESS names; return once they ended, however they did.
 
     Args:
@@ -45,15 +47,18 @@ def train_on_ray(
         threads: of each; so many CPUs Ray sets aside for it.
         restarts: times that Ray starts all again after one died.
         run: `orchestration.ranks.run_reporting`, called on each worker with job, rank and a file for its reports.
+        leave: made when SIGTERM reaches this process; the ranks look for it after each step.
         on_report: called with each report.
 
     Raises:
         FmopsError: no cluster answers at RAY_ADDRESS.
     """
     reports = job.with_name(REPORTS)
-    reports.unlink(missing_ok=True)
+    for path in (reports, leave):
+        path.unlink(missing_ok=True)
     variables = {"OMP_NUM_THREADS": str(threads)} | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    with _connected(variables), _followed(reports, on_report):
+    # After the connection: Ray's own handler would end this process, and Ray then kills the ranks.
+    with _connected(variables), on_sigterm(leave.touch), _followed(reports, on_report):
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": str(job), "reports": str(reports), "run": run},

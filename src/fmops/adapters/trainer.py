@@ -166,7 +166,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         fault_site("step")
         if self._went_wrong() >= IN_A_ROW:
             raise GoBack(step)
-        leave = ranks.any_of(flag=self.leaving) and step < self.plan.steps
+        self.leaving = ranks.any_of(flag=self.leaving or self.context.told_to_leave())
+        leave = self.leaving and step < self.plan.steps
         # What follows a step that went wrong may be wrong itself: such weights are nothing to go back to.
         control.should_save = (step in self.save_at or leave) and not self.stopped and not self._went_wrong()
         control.should_training_stop = control.should_training_stop or leave

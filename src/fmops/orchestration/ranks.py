@@ -80,6 +80,7 @@ def _on_ray(job: Path, *, context: StageContext) -> Artifact:
         threads=context.threads,
         restarts=RESTARTS,
         run=run_reporting,
+        leave=leave_file(job),
         on_report=lambda line: _take(line, events, context=context),
     )
     made = _artifact_of(events, context=context)
@@ -175,6 +176,11 @@ def write_job(
     return path
 
 
+def leave_file(job: Path) -> Path:
+    """It is there once the ranks that Ray started are to leave: no signal reaches them."""
+    return job.with_name("leave")
+
+
 def stored(value: BaseModel) -> dict[str, Any]:
     """A config, artifact or source as JSON, its paths on this machine included."""
     kind = type(value)
@@ -212,6 +218,8 @@ def run_rank(job: Path, *, rank: int, reports: TextIO) -> None:
     out = Path(told["out"])
     with open(os.devnull, "w") as silent:
         context = StageContext(**told["context"], stream=silent if rank else reports)
+        if rank == 0 and context.launcher == "ray":
+            context.told_to_leave = leave_file(job).exists
         if rank:
             out = out / ".work" / f"rank-{rank}"
             out.mkdir(exist_ok=True)
