@@ -166,8 +166,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         fault_site("step")
         if self._went_wrong() >= IN_A_ROW:
             raise GoBack(step)
-        self.leaving = ranks.any_of(flag=self.leaving or self.context.told_to_leave())
-        leave = self.leaving and step < self.plan.steps
+        told_to_leave = ranks.any_of(flag=self.leaving or self.context.told_to_leave())
+        if told_to_leave:
+            # Never set to False: a signal that comes in between would be lost.
+            self.leaving = True
+        leave = told_to_leave and step < self.plan.steps
         # What follows a step that went wrong may be wrong itself: such weights are nothing to go back to.
         control.should_save = (step in self.save_at or leave) and not self.stopped and not self._went_wrong()
         control.should_training_stop = control.should_training_stop or leave
