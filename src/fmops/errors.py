@@ -119,6 +119,24 @@ def disk_is_full(error: BaseException) -> bool:
     return False
 
 
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether the system, an allocator of torch's or a GPU had no memory left. Libraries in C say it in words only."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    # Of torch, which is not imported here.
+    said = str(error).replace("can't", "cannot").lower()
+    return type(error).__name__ == "OutOfMemoryError" or "cannot allocate memory" in said
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What is told of it, whatever was being done."""
+    said = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"out of memory ({said}). Free some, lower batch_tokens, block_tokens or max_tokens, train with LoRA, or take "
+        "a smaller model."
+    )
+
+
 def may_not_be_used(error: BaseException) -> bool:
     """Whether the system refused a path: no right to it, or no such place for a file. SQLite says it in words only."""
     refused = (*READ_ONLY, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from fmops.adapters import ranks
 from fmops.adapters.sharding import local
-from fmops.errors import OutOfMemory, StageFailed, disk_is_full
+from fmops.errors import OutOfMemory, StageFailed, disk_is_full, memory_ran_out
 
 SPIKE = 10.0
 """A loss so many times the median of the last `SPIKE_WINDOW` steps, and above the first ones, went wrong."""
@@ -64,7 +64,7 @@ def memory_explained(trainer: Any) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not memory_ran_out(error):
             raise
         size = trainer.args.per_device_train_batch_size
         if size == 1:

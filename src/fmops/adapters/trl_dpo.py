@@ -78,6 +78,8 @@ def train(
             max_length=None,
             # Full tuning moves the reference away, so it answers beforehand; LoRA switches its adapter off.
             precompute_ref_log_probs=config.adapter == "full" or not kind.refers,
+            # As many as training will take together: it comes before them.
+            precompute_ref_batch_size=max(1, micro // context.micro_batch_parts),
         ),
         train_dataset=Dataset.from_list([_row(examples[index]) for index in plan.order]),
         **setting.trainer_options(by_document=True),

@@ -18,7 +18,17 @@ from typing import Any, TextIO
 
 from fmops.artifacts import Artifact, Source
 from fmops.environment import describe_environment
-from fmops.errors import DISK_FULL, EXIT_FAILED, EXIT_MEMORY, FmopsError, disk_is_full, unknown, written_path
+from fmops.errors import (
+    DISK_FULL,
+    EXIT_FAILED,
+    EXIT_MEMORY,
+    FmopsError,
+    disk_is_full,
+    memory_ran_out,
+    out_of_memory,
+    unknown,
+    written_path,
+)
 from fmops.frameworks import START_RANKS
 from fmops.locks import locked
 from fmops.orchestration.plan import Step
@@ -109,11 +119,9 @@ def run_stage_process(spec: Path, name: str, *, workspace: Path | None, fingerpr
         record = execute(Project.open(spec, workspace=workspace), name, fingerprint=fingerprint, stream=stream)
     except FmopsError as error:
         return _report_failure(stream, str(error), error.exit_code)
-    except MemoryError:
-        return _report_failure(
-            stream, "out of memory. Lower batch_tokens or block_tokens, or free memory.", EXIT_MEMORY
-        )
     except Exception as error:
+        if memory_ran_out(error):
+            return _report_failure(stream, out_of_memory(error), EXIT_MEMORY)
         if not disk_is_full(error):
             raise
         text = DISK_FULL.format(where=written_path(error) or workspace or spec.parent)

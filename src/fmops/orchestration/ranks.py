@@ -22,7 +22,16 @@ from typing import Any, TextIO
 from pydantic import BaseModel
 
 from fmops.artifacts import Artifact
-from fmops.errors import EXIT_FAILED, EXIT_MEMORY, FmopsError, OutOfMemory, StageFailed, Terminated
+from fmops.errors import (
+    EXIT_FAILED,
+    EXIT_MEMORY,
+    FmopsError,
+    OutOfMemory,
+    StageFailed,
+    Terminated,
+    memory_ran_out,
+    out_of_memory,
+)
 from fmops.orchestration.watchdog import memory_kills
 from fmops.processes import end_with_parent
 from fmops.stage import StageContext
@@ -246,14 +255,12 @@ def failure_reported(reports: TextIO) -> Iterator[None]:
     except FmopsError as error:
         _report(reports, {"event": "failed", "error": str(error), "code": error.exit_code})
         raise
-    except MemoryError:
-        text = "out of memory. Lower batch_tokens or block_tokens, or free memory."
-        _report(reports, {"event": "failed", "error": text, "code": EXIT_MEMORY})
-        raise
     except Exception as error:
         from fmops.adapters.ranks import lost_another
 
-        if not lost_another(error):
+        if memory_ran_out(error):
+            _report(reports, {"event": "failed", "error": out_of_memory(error), "code": EXIT_MEMORY})
+        elif not lost_another(error):
             text = f"a training process ended by {type(error).__name__}: {error}. The log has more."
             _report(reports, {"event": "failed", "error": text, "code": EXIT_FAILED})
         raise

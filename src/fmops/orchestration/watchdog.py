@@ -21,7 +21,8 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 BREATH_S = 0.05
 """Processor time between two looks that counts as life; an idle interpreter's threads use less."""
 OVERSLEPT = 3
-_MEMORY_EVENTS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
+MEMORY_EVENTS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
+"""Where the kernel counts what it killed for want of memory: on the machine, in this container."""
 
 
 class Process(Protocol):
@@ -127,7 +128,7 @@ def children(pid: int) -> Iterator[int]:
 def memory_kills() -> int:
     """How many processes the kernel has killed for want of memory, here or in this container."""
     found = 0
-    for path in _MEMORY_EVENTS:
+    for path in MEMORY_EVENTS:
         lines = path.read_text().splitlines() if path.is_file() else []
         found += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
     return found
