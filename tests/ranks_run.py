@@ -7,12 +7,14 @@ Refuses: nothing.
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from training_inputs import a_checkpoint, a_corpus, some_benchmarks, some_conversations
 
@@ -98,6 +100,23 @@ def wait(config: Pretrain, *, out: Path, context: StageContext) -> Checkpoint:
     context.note("begun")
     while True:
         signal.pause()
+
+
+def poisoned(config: Pretrain, *, out: Path, context: StageContext, **given: Any) -> Checkpoint:
+    """Continued pretraining whose steps 3 to 5 go wrong, on the last rank."""
+    from fmops.adapters import ranks
+    from fmops.adapters.transformers_pretrain import PretrainTrainer
+    from fmops.pretraining.pretrain import pretrain
+
+    original = PretrainTrainer.compute_loss
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        last = ranks.rank() == ranks.world() - 1
+        return loss * math.inf if last and self.state.global_step + 1 in (3, 4, 5) else loss
+
+    with mock.patch.object(PretrainTrainer, "compute_loss", wrong):
+        return pretrain(config, out=out, context=context, **given)
 
 
 def refuse(config: Pretrain, *, out: Path, context: StageContext) -> Checkpoint:

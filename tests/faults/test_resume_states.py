@@ -197,6 +197,36 @@ def test_after_a_crash_at_any_moment_a_whole_state_is_found_and_no_acknowledged_
     assert tried > 800
 
 
+def test_after_a_crash_in_the_middle_of_a_recovery_the_next_one_finds_the_same_state(tmp_path, monkeypatch):
+    root = tmp_path / "real"
+    root.mkdir()
+    for step in (1, 2, 3):
+        resume.seal(write_state(root, step))
+    # 4 is torn, 3 corrupt, and of an earlier recovery one is still set aside.
+    write_state(root, 4)
+    (root / "checkpoint-3" / "optimizer.pt").write_bytes(b"other")
+    (root / "checkpoint-2").rename(root / "rejected-checkpoint-2")
+    found_before = tmp_path / "before"
+    shutil.copytree(root, found_before)
+    recorder = Recorder(root)
+    with recorder.recording(monkeypatch):
+        found = resume.newest_good(root, report=lambda _: None)
+    assert found == root / "checkpoint-1"
+    assert {operation.kind for operation in recorder.operations} == {"remove", "rmdir", "rename"}
+    tried = 0
+    for end, kept in crash_states(recorder.operations, seed=0):
+        onto = tmp_path / "crashed"
+        shutil.copytree(found_before, onto)
+        replay(recorder.operations, kept, root, onto)
+        found = resume.newest_good(onto, report=lambda _: None)
+        where = f"after {end} operations, kept {sorted(kept)}"
+        assert found == onto / "checkpoint-1", where
+        assert read_state(found) == contents(1), where
+        shutil.rmtree(onto)
+        tried += 1
+    assert tried > 100
+
+
 def test_any_cut_of_any_file_and_any_flipped_bit_is_seen(tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import ranks_run
-from ranks_run import CASES, a_context, alone, many_together, together
+from ranks_run import CASES, a_context, alone, given, many_together, together
 from safetensors.torch import load_file
 from training_run import digests
 
@@ -115,6 +115,24 @@ def test_a_killed_rank_takes_the_job_along_and_the_result_stays(inputs, twos, tm
     assert "one of 2 training processes died; all start again from the newest resume state" in said
     assert any(text.startswith("going on from checkpoint") for text in said), said
     assert digests(tmp_path / "out") == digests(twos["pretrain", "fsdp2", "fresh"])
+
+
+def test_ranks_leave_together_and_go_back_together(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(ranks_run.__file__).parent), prepend=os.pathsep)
+    job = given("pretrain", inputs) | {"function": "ranks_run:poisoned"}
+    (tmp_path / "one").mkdir()
+    ranks_run.poisoned(job["config"], **job["inputs"], out=tmp_path / "one", context=a_context(processes=1))
+    # One of them is told to leave; the steps that go wrong later do so on one of them, too.
+    monkeypatch.setenv("FMOPS_FAULT", "step:1:SIGTERM:1")
+    with pytest.raises(Terminated, match=r"told to leave \(SIGTERM\) after step 1 of 7"):
+        run_in_ranks(**job, out=tmp_path / "two", context=a_context("fsdp2"))
+    monkeypatch.delenv("FMOPS_FAULT")
+    context = a_context("fsdp2")
+    run_in_ranks(**job, out=tmp_path / "two", context=context)
+    said = [event["text"] for event in map(json.loads, context.stream.getvalue().splitlines()) if "text" in event]
+    assert said[0] == "going on from checkpoint 1"
+    assert "back to step 2; steps 3 to 5 are left out" in said[-1]
+    assert_same(tmp_path / "two", tmp_path / "one")
 
 
 class TellsToLeave(io.StringIO):

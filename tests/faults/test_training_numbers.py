@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import signal
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def poison(
             os.kill(os.getpid(), signal.SIGTERM)
         if step not in steps:
             return loss
+        if how == "jump":
+            return loss * 12
         # Infinite curvature: the loss is finite, its gradient is not.
         return loss * math.inf if how == "loss" else loss * 0 + torch.sqrt(loss * 0)
 
@@ -167,6 +170,28 @@ def test_a_spike_is_ten_times_the_usual_and_worse_than_the_beginning():
     assert fault_of(2.1, 1.0, applied=applied[: SPIKE_WINDOW - 1]) is None  # too early to know what is usual
     assert fault_of(math.nan, 1.0, applied=[]) == "loss is nan"
     assert fault_of(1.0, math.inf, applied=[]) == "gradient norm is inf"
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        ({20}, r"the loss jumped from [\d.]+ to [\d.]+ at step 20: not applied, training blocks \d quarantined"),
+        ({20, 21, 22}, r"3 steps in a row went wrong \(loss jumped .*\): back to step 19; steps 20 to 22 are left out"),
+    ],
+)
+def test_a_loss_that_jumps_is_not_applied_and_three_in_a_row_go_back(steps, said, inputs, tmp_path, monkeypatch):
+    from fmops.lifecycle import Pretrain
+    from fmops.pretraining.pretrain import pretrain
+
+    before = poison(monkeypatch, steps, how="jump")
+    base, corpus = a_checkpoint(inputs / "base", inputs / "model"), a_corpus(inputs / "corpus", inputs / "model")
+    context = StageContext(seed=7, stream=io.StringIO())
+    config = Pretrain(tokens=24 * 128, batch_tokens=128, learning_rate=1e-3, checkpoints=3, evaluations=1)
+    pretrain(config, checkpoint=base, corpus=corpus, out=tmp_path, context=context)
+    assert re.search(said, context.stream.getvalue())
+    first = min(row["step"] for row in quarantine(tmp_path))
+    # The step after those that were skipped begins where the first of them began.
+    assert all(torch.equal(a, b) for a, b in zip(before[first - 1], before[max(steps)], strict=True))
 
 
 def test_weights_that_are_not_finite_are_not_saved():

@@ -5,11 +5,14 @@ Whatever happens, the weights in the end equal those of an uninterrupted run bit
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import random
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -98,6 +101,28 @@ def all_killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     return folder
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(inputs, uninterrupted, tmp_path):
+    uninterrupted("pretrain")  # Before the forks: they find everything imported.
+    dice, out, kills = random.Random(31), tmp_path / "out", 0
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            train("pretrain", inputs, out, io.StringIO())
+            os._exit(0)
+        watched = os.pidfd_open(child)
+        if not select.select([watched], [], [], dice.uniform(0.1, 0.6))[0]:
+            os.kill(child, signal.SIGKILL)
+        os.close(watched)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended in (0, -signal.SIGKILL)
+        if ended == 0:
+            break
+        kills += 1
+    assert kills
+    train("pretrain", inputs, out, io.StringIO())
+    assert digests(out) == uninterrupted("pretrain")
 
 
 def test_the_sites_are_found():
@@ -206,6 +231,26 @@ def test_a_damaged_resume_state_is_passed_over_and_said(harm, said, inputs, fini
 
 def test_at_most_two_resume_states_are_kept(finished):
     assert len(list((finished / ".work").glob("checkpoint-*"))) == resume.KEPT
+
+
+@pytest.mark.parametrize("where", ["optimizer.pt", resume.MANIFEST + ".tmp"])
+def test_a_disk_that_fails_is_said_and_leaves_nothing_half_written(where, inputs, uninterrupted, tmp_path, monkeypatch):
+    real = resume.sync
+
+    def broken(path: Path) -> None:
+        if path.name == where and path.parent.name == "checkpoint-4":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        real(path)
+
+    monkeypatch.setattr(resume, "sync", broken)
+    with pytest.raises(StageFailed, match=r"checkpoint-4 could not be written: \[Errno 5\] Input/output error"):
+        train("pretrain", inputs, tmp_path / "out", stream := io.StringIO())
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["reason"] for event in events if event["event"] == "checkpoint-failed"] == ["eio"]
+    assert [path.name for path in (tmp_path / "out" / ".work").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    train("pretrain", inputs, tmp_path / "out", io.StringIO())
+    assert digests(tmp_path / "out") == uninterrupted("pretrain")
 
 
 def test_a_full_disk_is_said_and_leaves_earlier_states_whole(inputs, uninterrupted, tmp_path):

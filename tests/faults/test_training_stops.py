@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -24,7 +25,7 @@ from training_run import digests, train
 
 from fmops.adapters import resume
 from fmops.errors import EXIT_MEMORY, EXIT_TERMINATED, OutOfMemory, StageFailed, Terminated
-from fmops.orchestration import launch
+from fmops.orchestration import launch, watchdog
 from fmops.orchestration.watchdog import Pulse, cpu_seconds
 
 
@@ -222,6 +223,65 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches_and_the_same_steps(tin
         wide(4)(**given, out=tmp_path / "never")
 
 
+def align_all(inputs: Path, out: Path, *, parts: int = 1) -> None:
+    """DPO of all weights: the reference answers before training."""
+    from training_inputs import a_checkpoint, some_preferences
+
+    from fmops.finetuning.align import align
+    from fmops.lifecycle import Align
+    from fmops.stage import StageContext
+
+    align(
+        Align(adapter="full", batch_pairs=4, learning_rate=1e-3),
+        checkpoint=a_checkpoint(inputs / "base", inputs / "model"),
+        preferences=some_preferences(inputs / "pairs"),
+        out=out,
+        context=StageContext(seed=7, stream=io.StringIO(), micro_batch_parts=parts),
+    )
+
+
+@pytest.mark.parametrize("place", ["load_model", "Scoring._precompute_ref_logps"])
+def test_want_of_memory_outside_the_steps_is_said_with_what_helps(place, inputs, tmp_path, monkeypatch, capfd):
+    """While the model is read, while the reference answers: in the stage process, and in each of several."""
+    from example_run import write_example
+
+    from fmops.adapters import trl_align
+    from fmops.orchestration import execute, ranks
+
+    def hungry(*_: object, **__: object) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(f"{trl_align.__name__}.{place}", hungry)
+    reports = io.StringIO()
+    with pytest.raises(RuntimeError), ranks.failure_reported(reports):
+        align_all(inputs, tmp_path)
+    monkeypatch.setattr(execute, "execute", lambda *_, **__: align_all(inputs, tmp_path))
+    write_example(tmp_path, ends="empty")
+    child = os.fork()
+    if child == 0:
+        os._exit(execute.run_stage_process(tmp_path / "lifecycle.yaml", "align", workspace=None, fingerprint=None))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_MEMORY
+    for told in (reports.getvalue(), capfd.readouterr().out):
+        event = json.loads(told.splitlines()[-1])
+        assert event["code"] == EXIT_MEMORY
+        assert re.fullmatch(r"out of memory \(.*can't allocate memory.*\)\. Free some, lower batch.*", event["error"])
+
+
+def test_with_smaller_micro_batches_the_reference_answers_fewer_together(inputs, tmp_path, monkeypatch):
+    from fmops.adapters import trl_align
+
+    sizes: list[int] = []
+    original = trl_align.Scoring._precompute_ref_logps
+
+    def watched(self, *args, **kwargs):
+        sizes.append(self.args.precompute_ref_batch_size)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl_align.Scoring, "_precompute_ref_logps", watched)
+    align_all(inputs, tmp_path, parts=4)
+    assert set(sizes) == {1}
+
+
 ROOM = 110_000_000
 """Bytes that training may map beside the loaded model: eight blocks in a row want more, one at a time needs less."""
 
@@ -286,6 +346,64 @@ def test_memory_that_the_kernel_refuses_is_told_as_such_and_smaller_micro_batche
         for name in ("whole", "cut")
     ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+STAGE_THAT_DIES = """#!{python}
+import json, os, signal, sys
+from pathlib import Path
+tries, memory = Path({folder!r}) / "tries", Path({folder!r}) / "memory.events"
+with tries.open("a") as log:
+    print(os.environ.get("FMOPS_MICRO_BATCH_PARTS", "1"), file=log)
+count = len(tries.read_text().split())
+if count > {times}:
+    print(json.dumps({{"event": "failed", "error": "it went on", "code": 1}}))
+    sys.exit(1)
+if {how!r} == "hangs":
+    signal.pause()
+if {how!r} == "is killed for memory":
+    memory.write_text(f"low 0\\noom_kill {{count}}\\n")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "times", "note", "tries", "error"),
+    [
+        ("hangs", 1, "no sign of life for 3 s; killed, and started again", ["1", "1"], "it went on"),
+        ("hangs", 9, "no sign of life for 1 s; killed, and started again", ["1"] * 4, "sign of life for 1 s, 4 times"),
+        ("is killed for memory", 2, "out of memory; starting again with micro-", ["1", "2", "4"], "it went on"),
+        ("is killed for memory", 9, "out of memory; starting", ["1", "2", "4", "8"], "killed for want of memory"),
+        ("is killed", 9, None, ["1"], r"was killed \(SIGKILL\), by hand or for want of memory"),
+    ],
+)
+def test_the_launcher_starts_again_what_hung_or_was_killed_for_memory(
+    how, times, note, tries, error, tmp_path, monkeypatch
+):
+    from example_run import write_example
+
+    from fmops.orchestration.project import Project
+
+    write_example(tmp_path, ends="empty")
+    (tmp_path / "memory.events").write_text("low 0\noom_kill 0\n")
+    monkeypatch.setattr(watchdog, "MEMORY_EVENTS", (tmp_path / "memory.events",))
+    script = tmp_path / "python"
+    script.write_text(STAGE_THAT_DIES.format(python=sys.executable, folder=str(tmp_path), how=how, times=times))
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    notes: list[str] = []
+    with pytest.raises(StageFailed, match=error) as raised:
+        launch.launch_local(
+            Project.open(tmp_path / "lifecycle.yaml"),
+            "pretrain",
+            fingerprint="0" * 64,
+            log=tmp_path / "log",
+            on_event=lambda event: notes.append(event["text"]),
+            # Starting Python takes less, on a busy machine too, where it must not be taken for a hang.
+            idle_s=1.0 if times > 2 else 3.0,
+        )
+    assert (tmp_path / "tries").read_text().split() == tries
+    assert [note in text for text in notes] == [True] * (len(tries) - 1)
+    assert raised.value.exit_code == (EXIT_MEMORY if "want of memory" in error and note else 1)
 
 
 STAGE_THAT_STARVES = """#!{python}
