@@ -373,7 +373,8 @@ def model_folders(work: Path) -> list[Path]:
     from tiny_model import write_tiny_model
 
     (packed,) = resolve(SMOLLM2, root=work).files
-    return [write_tiny_model(work / "tiny"), convert_gguf(Path(packed.path), work / "SmolLM2-135M-Instruct")]
+    convert_gguf(Path(packed.path), work / "SmolLM2-135M-Instruct")
+    return [write_tiny_model(work / "tiny"), work / "SmolLM2-135M-Instruct"]
 
 
 def main() -> None:
