@@ -168,17 +168,18 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         steps = plan(reads, self.pack_tokens) if self.shares else lines(reads)
         reader = TreeReader(self.model, steps, shares=self.shares)
         keys = {index: key for index, key in enumerate(_keys(steps, answers)) if steps[index].spans}
-        totals = [0.0] * len(requests)
+        tokens: list[list[float]] = [[0.0] * len(answer) for answer in answers]
         greedy = [True] * len(requests)
-        scored: dict[int, list[tuple[float, bool]]] = {}
-        for index, values in self._each(keys, partial(_scored, reader, answers)):
-            scored[index] = values
+        scored: dict[int, list[tuple[list[float], bool]]] = {}
+        for index, found in self._each(keys, partial(_scored, reader, answers)):
+            scored[index] = found
             self.on_progress(len(scored) / len(keys))
-        # In the plan's order, whoever finished first: sums of floats depend on it.
         for index in keys:
-            for span, (loglikelihood, best) in zip(steps[index].spans, scored[index], strict=True):
-                totals[span.request] += loglikelihood
+            for span, (values, best) in zip(steps[index].spans, scored[index], strict=True):
+                tokens[span.request][span.offset : span.offset + len(values)] = values
                 greedy[span.request] &= best
+        # A whole answer at once and in float32, as the `hf` backend adds: its rounding is ours, however a tree was cut.
+        totals = [float(torch.tensor(values).sum()) for values in tokens]
         return list(zip(totals, greedy, strict=True))
 
     def _read(self, context: list[int], answer: list[int]) -> Read:
@@ -309,11 +310,11 @@ def _texts(context: str, continuation: str) -> Iterator[str]:
         yield context + continuation
 
 
-def _scored(reader: TreeReader, answers: list[list[int]], index: int) -> list[tuple[float, bool]]:
-    values = reader.score(index, answers)
-    for value, _ in values:
-        refuse_unusable(value)
-    return values
+def _scored(reader: TreeReader, answers: list[list[int]], index: int) -> list[tuple[list[float], bool]]:
+    found = reader.score(index, answers)
+    for values, _ in found:
+        refuse_unusable(sum(values))
+    return found
 
 
 def refuse_unusable(value: float) -> None:
@@ -329,6 +330,6 @@ def _keys(steps: Sequence[Step], answers: list[list[int]]) -> list[str]:
     for step in steps:
         above = keys[step.parent] if step.parent is not None else ""
         wanted = [[answers[span.request][span.offset :][: len(span.places)], span.places] for span in step.spans]
-        work = json.dumps([above, step.tokens, step.depths, wanted])
+        work = json.dumps(["by token", above, step.tokens, step.depths, wanted])
         keys.append(sha256(work.encode()).hexdigest())
     return keys

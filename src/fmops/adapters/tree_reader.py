@@ -143,8 +143,8 @@ class TreeReader:
             self.cache.length += len(step.tokens)
         return logits if self._keeps_logits else logits[list(kept)]
 
-    def score(self, index: int, answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-        """For each span of a step: log-likelihood of its part of the answer, and whether it is the greedy choice.
+    def score(self, index: int, answers: Sequence[Sequence[int]]) -> list[tuple[list[float], bool]]:
+        """For each span of a step: log-likelihoods of its tokens of the answer, and whether they are the greedy choice.
 
         `answers` are the tokens to predict, by request: as many as the request has scored positions.
         """
@@ -170,7 +170,7 @@ class TreeReader:
                 greedy[tie] = logs[rows[tie] % height].argmax() == tokens[tie]
         sizes = [len(span.places) for span in spans]
         values, wholly = torch.split(chosen, sizes), torch.split(greedy, sizes)
-        return [(float(value.sum()), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
+        return [(value.tolist(), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
 
     def branch(self, start: int, ends: Sequence[int], place: int) -> SlotCache:
         """A copy of the path to a place of the step that was read last.
