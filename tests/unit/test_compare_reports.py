@@ -114,6 +114,17 @@ def test_without_items_there_are_no_kinds_and_the_rest_is_told(tmp_path):
     assert len(found.moved) == 60
 
 
+def keep(project: Project, folder: Path, kind: str, *, artifact: dict, **inputs: str) -> None:
+    """Commit a folder of the store as what a stage left."""
+    stage, _, letter = folder.name.partition("-")
+    project.store.commit(Record(
+        node=f"{stage}-{letter[0]}", stage=stage, kind=kind, version=1, fingerprint=letter * 4, digest="d", seed=0,
+        config={}, artifact=artifact, created=letter,
+        files={path.name: FileEntry(sha256=sha256(path), bytes=path.stat().st_size) for path in folder.iterdir()},
+        inputs={name: InputRef(kind="artifact", ref=ref, digest="d") for name, ref in inputs.items()},
+    ))  # fmt: skip
+
+
 @pytest.fixture
 def project(tmp_path) -> Project:
     """Two evaluations of equal scores by the suite `quiz` alone, where the spec asks for a gain in domain."""
@@ -122,18 +133,14 @@ def project(tmp_path) -> Project:
         "evaluate: {suites: [domain]}\ngate: {}\n", encoding="utf-8",
     )  # fmt: skip
     opened = Project.open(tmp_path / "lifecycle.yaml")
-    opened.store.artifacts.mkdir(parents=True)
+    data = opened.store.artifacts / f"conversations-{'c' * 16}"
+    data.mkdir(parents=True)
+    write_lines(data / "contaminated.jsonl", [])
+    keep(opened, data, "conversations", artifact={"conversations": 1, "held_out": 0})
     for letter in "ab":
         made = report(opened.store.artifacts / f"evaluate-{letter * 16}", [1.0] * 100)
-        files = {
-            path.name: FileEntry(sha256=sha256(path), bytes=path.stat().st_size) for path in sorted(made.path.iterdir())
-        }
-        opened.store.commit(Record(
-            node=f"evaluate-{letter}", stage="evaluate", kind="evaluation", version=1, fingerprint=letter * 64,
-            digest="d", seed=0, config={}, files=files,
-            inputs={"checkpoint": InputRef(kind="artifact", ref="align-0", digest="d")},
-            artifact=made.model_dump(mode="json", exclude={"path"}), created=letter,
-        ))  # fmt: skip
+        artifact = made.model_dump(mode="json", exclude={"path"})
+        keep(opened, made.path, "evaluation", artifact=artifact, checkpoint=data.name)
     return opened
 
 
@@ -156,4 +163,11 @@ def test_an_altered_evaluation_is_not_compared(project):
     path = project.store.artifacts / f"evaluate-{'b' * 16}" / "samples.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"score": 1.0', '"score": 0.9', 1), encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"samples\.jsonl is not what its record says"):
+        compare(project, "evaluate-a", "evaluate-b")
+
+
+def test_nobody_leaves_items_out_by_an_altered_list_of_those_that_were_trained_on(project):
+    listed = [{"task": "quiz", "sample": f"quiz-{n}"} for n in range(50)]
+    write_lines(project.store.artifacts / f"conversations-{'c' * 16}" / "contaminated.jsonl", listed)
+    with pytest.raises(IntegrityError, match=r"contaminated\.jsonl is not what its record says"):
         compare(project, "evaluate-a", "evaluate-b")

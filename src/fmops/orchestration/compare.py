@@ -70,17 +70,17 @@ def compare(project: Project, a: str, b: str) -> Compared:
 
     Raises:
         FmopsError: no such artifact, or none with an evaluation.
-        IntegrityError: a file of an evaluation is not what its record says.
+        IntegrityError: a file of an evaluation, or of the data behind it, is not what its record says.
     """
     store = project.store
     before, after = (find_report(store, key) for key in (a, b))
-    for record in (before, after):
+    made_from = [record for record in ancestors(store, after) if record.kind in _DATA]
+    for record in (before, after, *made_from):
         store.verify(record)
     champion, challenger = (store.load(record) for record in (before, after))
     assert isinstance(champion, EvalReport)
     assert isinstance(challenger, EvalReport)
-    data = [store.load(record) for record in ancestors(store, after) if record.kind in _DATA]
-    evidence = gather(champion, challenger, contaminated=contaminated_items(data))
+    evidence = gather(champion, challenger, contaminated=contaminated_items(map(store.load, made_from)))
     policy = project.spec.gate or Gate(primary=())
     margins = {name: margin for name, margin in policy.margins.items() if name in evidence.families}
     decision = decide(evidence, alpha=policy.alpha, margins=margins, primary=policy.primary, guards=policy.guards)
