@@ -21,8 +21,9 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from scipy.special import betaincinv
 from fmops.artifacts import EvalReport, Judged
 from fmops.evaluation import spending, statistics
 from fmops.evaluation.evidence import Evidence, Pairs, gather
-from fmops.evaluation.gate import POWER, decide
-from fmops.evaluation.protocol import PinnedTask, digest, read_lines, write_json, write_lines
+from fmops.evaluation.gate import GUARD, POWER, decide
+from fmops.evaluation.protocol import PinnedTask, digest, pin, read_lines, write_json, write_lines
+from fmops.evaluation.suites import Suite, load_suite
 
 ALPHA = 0.05
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +80,7 @@ def drawn(pairs: Pairs, n: int, rng: random.Random) -> Pairs:
         group, sign = groups[rng.choice(names)], rng.choice((-1.0, 1.0))
         clusters += [str(len(differences))] * len(group)
         differences += [sign * value for value in group]
-    return Pairs(pairs.family, differences, clusters, pairs.binary)
+    return Pairs(pairs.family, differences, clusters, pairs.binary, tasks=[pairs.family] * len(differences))
 
 
 def degraded(pairs: Pairs, loss: float, rng: random.Random) -> Pairs:
@@ -139,13 +141,28 @@ def enough_items(evidence: Evidence, n: int, *, margins: dict[str, float], seed:
     return [Rate(f"E01 the same with the planned items ({told})", blocked, n, f"≤ {1 - POWER:.1f}")]
 
 
-def one_of_twenty(evidence: Evidence, n: int, *, items: int, margin: float, seed: int) -> list[Rate]:
-    """E02: twenty benchmarks drawn from the real items; one of them is worse by the margin, or by twice that."""
+def one_of_twenty(
+    evidence: Evidence,
+    n: int,
+    *,
+    items: int,
+    margin: float,
+    seed: int,
+    alpha: float = ALPHA,
+    factors: tuple[float, ...] = (0, 1, 2),
+) -> list[Rate]:
+    """E02: twenty benchmarks drawn from the real items; one of them is worse by the margin, or by twice that.
+
+    Args:
+        factors: the losses that are tried, in margins.
+        alpha: what the gate tests at; a looser one than promised must be seen as such.
+    """
     rng = random.Random(seed)
     binary = [pairs for pairs in evidence.families.values() if pairs.binary]
     pattern = evidence.tasks[0]
     rates = []
-    for factor, promised in ((0.0, "the higher the better"), (1.0, f"≤ {ALPHA}"), (2.0, f"≪ {ALPHA}")):
+    promised = {0: "the higher the better", 1: f"≤ {ALPHA}", 2: f"≪ {ALPHA}"}
+    for factor in factors:
         promoted = 0
         for _ in range(n):
             families = {f"b{place}": drawn(binary[place % len(binary)], items, rng) for place in range(20)}
@@ -154,10 +171,112 @@ def one_of_twenty(evidence: Evidence, n: int, *, items: int, margin: float, seed
             tasks = tuple(pattern.model_copy(update={"task": name, "family": name}) for name in families)
             found = Evidence((), tasks, families)
             margins = dict.fromkeys(families, margin)
-            promoted += decide(found, alpha=ALPHA, margins=margins, primary=()).verdict == "promote"
+            promoted += decide(found, alpha=alpha, margins=margins, primary=()).verdict == "promote"
         what = f"E02 one of 20 worse by {factor * margin:g} (margin {margin:g}, {items} items each): passed"
-        rates.append(Rate(what, promoted, n, promised))
+        rates.append(Rate(what, promoted, n, promised[factor]))
     return rates
+
+
+def one_of_pooled(evidence: Evidence, n: int, *, items: int, margin: float, seed: int) -> list[Rate]:
+    """E02 as the packaged suites are: the twenty benchmarks pooled into four families of five."""
+    rng = random.Random(seed)
+    binary = [pairs for pairs in evidence.families.values() if pairs.binary]
+    pattern = evidence.tasks[0]
+    families = {f"f{place}": [f"b{place}.{at}" for at in range(5)] for place in range(4)}
+    tasks = tuple(
+        pattern.model_copy(update={"task": name, "family": family, "margin": margin})
+        for family, names in families.items()
+        for name in names
+    )
+    rates = []
+    for factor, promised in ((0.0, f"≤ {ALPHA}"), (GUARD, f"≤ {ALPHA}"), (GUARD + 1, "the higher the better")):
+        passed = fallen = held = 0
+        for _ in range(n):
+            parts = {task.task: drawn(rng.choice(binary), items, rng) for task in tasks}
+            worse = rng.choice(tasks).task
+            parts[worse] = degraded(parts[worse], factor * margin, rng)
+            pools = {name: together(name, {each: parts[each] for each in own}) for name, own in families.items()}
+            decision = decide(Evidence((), tasks, pools), alpha=ALPHA, margins={}, primary=())
+            passed += decision.verdict == "promote"
+            fallen += any(each.fallen for each in decision.guards)
+            held += all(each.verdict == "non-inferior" for each in decision.families)
+        what = f"E02 one of 20 in 4 families worse by {factor * margin:g} (margin {margin:g}, guard {GUARD * margin:g})"
+        rates += [
+            Rate(f"{what}: rejected by a guard", fallen, n, promised),
+            Rate(f"{what}: passed", passed, n, "the higher the better" if factor == 0 else "nothing"),
+            Rate(f"{what}: passed without guards", held, n, "nothing"),
+        ]
+    return rates
+
+
+def together(family: str, parts: Mapping[str, Pairs]) -> Pairs:
+    """One family of several benchmarks of 0/1 items."""
+    pool = Pairs(family)
+    for name, pairs in parts.items():
+        pool.differences += pairs.differences
+        pool.clusters += [f"{name}/{cluster}" for cluster in pairs.clusters]
+        pool.tasks += [name] * len(pairs.differences)
+    return pool
+
+
+COLLAPSES = (
+    (400, "mmlu", 0.2), (1000, "mmlu", 0.2), (400, "boolq", 0.3), (1000, "boolq", 0.3), (400, "boolq", 0.4),
+    (400, "piqa", 0.15), (1000, "piqa", 0.15),
+)  # fmt: skip
+"""Limit on items, benchmark of the packaged suite `capability`, loss."""
+
+
+def collapsed(n: int, *, seed: int) -> list[Rate]:
+    """One benchmark of `capability` alone falls; otherwise the models differ on a tenth of the items, either way."""
+    rates = []
+    for limit, name, loss in COLLAPSES:
+        found = [capability(limit, {name: loss}, random.Random(f"{seed} {name} {turn}")) for turn in range(n)]
+        decisions = [decide(each, alpha=ALPHA, margins={}, primary=()) for each in found]
+        held = sum(each.families[0].verdict == "non-inferior" for each in decisions)
+        passed = sum(each.verdict == "promote" for each in decisions)
+        what = f"capability, limit {limit}, {name} −{loss:g}"
+        rates += [
+            Rate(f"{what}: passed without guards", held, n, "nothing"),
+            Rate(f"{what}: passed", passed, n, "the fewer the better"),
+        ]
+    return rates
+
+
+def guards_of_equal(
+    n: int, *, seed: int, limits: tuple[int, ...] = (40, 400), alpha: float | None = None
+) -> list[Rate]:
+    """What guards cost: equal models, and the worst that they must bear, every benchmark worse by just its guard.
+
+    Args:
+        alpha: what the guards test at; a looser one than promised must be seen as such.
+    """
+    rates = []
+    for limit in limits:
+        for what, loss in (("equal models", 0.0), ("every benchmark worse by its guard", GUARD * 0.05)):
+            fallen = 0
+            for turn in range(n):
+                found = capability(limit, None, random.Random(f"{seed} {what} {turn}"), loss=loss)
+                decision = decide(found, alpha=ALPHA, margins={}, primary=(), guard_alpha=alpha)
+                fallen += any(each.fallen for each in decision.guards)
+            rates.append(Rate(f"capability, limit {limit}, {what}: rejected by a guard", fallen, n, f"≤ {ALPHA}"))
+    return rates
+
+
+@cache
+def packaged() -> Suite:
+    return load_suite("capability", root=Path())
+
+
+def capability(limit: int, losses: Mapping[str, float] | None, rng: random.Random, *, loss: float = 0.0) -> Evidence:
+    """The packaged suite with simulated 0/1 items: 5 % won, 5 % lost, and more lost by the loss."""
+    suite, parts = packaged(), {}
+    for name, task in suite.tasks.items():
+        n, more = round(limit * task.share), (losses or {}).get(name, loss)
+        draws = [rng.random() for _ in range(n)]
+        differences = [1.0 if value < 0.05 else -1.0 if value < 0.1 + more else 0.0 for value in draws]
+        parts[name] = Pairs(name, differences, [str(place) for place in range(n)])
+    tasks = tuple(pin(suite, name, items=limit) for name in suite.tasks)
+    return Evidence((), tasks, {"capability": together("capability", parts)})
 
 
 def noise_in_a_row(
@@ -274,6 +393,9 @@ def main() -> None:
         *equal_models(evidence, 2000 // part, margins=margins, seed=1),
         *enough_items(evidence, 1000 // part, margins=margins, seed=5),
         *one_of_twenty(evidence, 500 // part, items=400, margin=0.1, seed=2),
+        *one_of_pooled(evidence, 200 // part, items=400, margin=0.1, seed=6),
+        *collapsed(500 // part, seed=7),
+        *guards_of_equal(1000 // part, seed=8),
         *tampered(options.before, options.after, 500 // part, seed=3),
         *noise_in_a_row(evidence, 200 // part, rounds=100, margins=margins, seed=4),
     ]
