@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ from fmops.errors import FmopsError, Terminated
 pytestmark = pytest.mark.xdist_group("ray")
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with two_nodes():
+        yield
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_worker_that_is_killed_leaves_no_trace_in_the_result(tiny_model: Path, tmp_path, monkeypatch):
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "model").symlink_to(tiny_model)
@@ -32,8 +40,7 @@ def test_a_worker_that_is_killed_leaves_no_trace_in_the_result(tiny_model: Path,
     # Once: the workers that are started again have fewer steps to go.
     monkeypatch.setenv("FMOPS_FAULT", "step:5:SIGKILL:1")
     context = a_context("ddp", launcher="ray")
-    with two_nodes():
-        together("pretrain", tmp_path / "inputs", tmp_path / "ray", context)
+    together("pretrain", tmp_path / "inputs", tmp_path / "ray", context)
     said = [event["text"] for event in map(json.loads, context.stream.getvalue().splitlines()) if "text" in event]
     assert said == ["going on from checkpoint 4"]
     assert digests(tmp_path / "ray") == digests(tmp_path / "torchrun")
@@ -51,6 +58,7 @@ class TellsToLeave(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.usefixtures("cluster")
 def test_told_to_leave_it_writes_a_resume_state_and_ends_with_143(tiny_model: Path, tmp_path, monkeypatch):
     (tmp_path / "inputs").mkdir()
     (tmp_path / "inputs" / "model").symlink_to(tiny_model)
@@ -58,7 +66,7 @@ def test_told_to_leave_it_writes_a_resume_state_and_ends_with_143(tiny_model: Pa
     monkeypatch.setitem(CASES, "pretrain", long)
     context = a_context("ddp", launcher="ray")
     context.stream = TellsToLeave()
-    with two_nodes(), pytest.raises(Terminated, match=r"told to leave \(SIGTERM\) after step \d+ of") as error:
+    with pytest.raises(Terminated, match=r"told to leave \(SIGTERM\) after step \d+ of") as error:
         together("pretrain", tmp_path / "inputs", tmp_path / "ray", context)
     assert error.value.exit_code == 128 + signal.SIGTERM
     step = re.findall(r"after step (\d+)", str(error.value))[0]
