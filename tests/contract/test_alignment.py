@@ -26,9 +26,9 @@ METHODS = ("dpo", "orpo", "kto", "grpo")
 ITEMS = {"dpo": "preference pairs", "orpo": "preference pairs", "kto": "votes", "grpo": "prompts"}
 
 
-def aligned(method: str, folder: Path, model: Path, *, parts: int = 1, rewards: str = REWARDS, **options):
+def aligned(method: str, folder: Path, model: Path, *, parts: int = 1, rewards: str = REWARDS, stream=None, **options):
     """Run the stage on small inputs of the method's form."""
-    context = StageContext(seed=5, stream=io.StringIO(), micro_batch_parts=parts)
+    context = StageContext(seed=5, stream=io.StringIO() if stream is None else stream, micro_batch_parts=parts)
     inputs = {"dpo": some_preferences, "orpo": some_preferences, "kto": some_votes, "grpo": some_prompts}
     config = {"learning_rate": 2e-3, "batch_pairs": 4, "checkpoints": 2, **options}
     given = {}
@@ -57,7 +57,9 @@ def test_the_suite_knows_every_method():
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_wanted_becomes_likelier(method, adapter, tiny_model, tmp_path, capfd):
-    done = aligned(method, tmp_path, tiny_model, adapter=adapter, epochs=4 if method == "grpo" else 2)
+    told = io.StringIO()
+    done = aligned(method, tmp_path, tiny_model, adapter=adapter, epochs=4 if method == "grpo" else 2, stream=told)
+    bars = [event["shown"] for event in map(json.loads, told.getvalue().splitlines()) if event["event"] == "progress"]
     if method == "grpo":
         rewards = [row["reward"] for row in curve(tmp_path) if "reward" in row]
         assert sum(rewards[-4:]) > sum(rewards[:4])
@@ -67,6 +69,8 @@ def test_what_is_wanted_becomes_likelier(method, adapter, tiny_model, tmp_path, 
         )
     else:
         assert done.metrics["reward_margin"] > 2 * done.metrics["reward_margin_standard_error"] > 0
+    # Use of the machine is told where all work is training.
+    assert [bool(0 < shown.get("mfu", 0) < 2) for shown in bars] == [method != "grpo"] * len(bars)
     assert done.stage == "align"
     assert done.trained_tokens > 0
     assert done.parameters == load_model(tiny_model).num_parameters()

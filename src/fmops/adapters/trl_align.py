@@ -21,9 +21,11 @@ from fmops.adapters.document_attention import attend_by_document
 from fmops.adapters.guarded import Guarded, generators, set_generators
 from fmops.adapters.model_files import (
     evaluating,
+    flop_per_token,
     load_model,
     load_tokenizer,
     lora_config,
+    peak_flop_per_s,
     save_adapter,
     save_model,
 )
@@ -234,6 +236,9 @@ def train_between(
         better=operator.gt,
         patience=config.patience,
     )
+    if isinstance(trainer, Scoring):
+        # What generates its answers first does other work than its tokens tell.
+        watch.flop_per_token, watch.peak_flop_per_s = flop_per_token(trainer.model), peak_flop_per_s(setting.dtype)
     if setting.benchmarks is not None:
         # The harness takes seconds to import.
         from fmops.adapters.watched_suites import with_suites
