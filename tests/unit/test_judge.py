@@ -127,6 +127,20 @@ def test_both_orders_are_shown_to_people():
     assert 5 < sum(row["first"].startswith("short") for row in rows) < 35
 
 
+def test_too_few_labels_say_how_many_more(tmp_path):
+    rows = to_label(pairs(30))
+    write_lines(tmp_path / "labels.jsonl", [{**row, "preferred": "tie"} for row in rows[:9]] + rows[9:])
+    with pytest.raises(FmopsError, match=r"9 labels of these answers, and 10 are the least: .*`preferred` in 1 more"):
+        read_labels(tmp_path / "labels.jsonl", pairs(30))
+
+
+def test_where_people_labelled_all_they_stand_alone():
+    asked = pairs(12)
+    found = weigh(asked, ask_judge(asked, likes_long, journal=Journal(), name="j"), {pair.key: 0.0 for pair in asked})
+    assert found.people is not None
+    assert (found.people.value, found.people.labelled, found.people.unlabelled) == (0.0, 12, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
