@@ -61,7 +61,7 @@ STAGES: dict[str, Stage] = {
         Stage("pretrain", "fmops.pretraining.pretrain:pretrain", Checkpoint, in_ranks=True, version=2),
         Stage("instruct", "fmops.finetuning.instruct:instruct", Checkpoint, in_ranks=True, version=2),
         Stage("align", "fmops.finetuning.align:align", Checkpoint, version=3),
-        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=5),
+        Stage("evaluate", "fmops.evaluation.evaluate:evaluate", EvalReport, version=6),
         Stage("gate", "fmops.evaluation.gate:gate", GateDecision, version=4),
         Stage("release", "fmops.deployment.release:release", Release, version=2),
     )

@@ -15,8 +15,13 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from fmops.adapters import pool_attention
+from fmops.adapters.lm_eval import run_task
 from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM
+from fmops.artifacts import EvalReport
 from fmops.errors import FmopsError
+from fmops.evaluation.evidence import gather
+from fmops.evaluation.protocol import Protocol, pin, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.suites import load_suite
 
 TOLERANCE = 1e-4
 SENTENCE = "the class object returns a value when called with no arguments and raises an error otherwise"
@@ -108,6 +113,57 @@ def test_a_greedy_answer_is_known_as_greedy(ours, theirs):
     requests = [request("loglikelihood", "the class object", part) for part in (answer, " zebra")]
     reference = theirs.loglikelihood(requests, disable_tqdm=True)
     assert [score[1] for score in ours.loglikelihood(requests)] == [score[1] for score in reference]
+
+
+@torch.inference_mode()
+def lead(model, context: list[int], answer: list[int]) -> float:
+    """Least distance between an answer's token and the likeliest other one."""
+    logs = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+    rows = range(len(answer))
+    chosen = logs[rows, answer]
+    logs[rows, answer] = -torch.inf
+    return float((chosen - logs.amax(-1)).min())
+
+
+def test_how_near_an_answer_is_to_another_greedy_choice_is_known(ours, theirs):
+    options = {"until": [], "max_gen_toks": 6}
+    (greedy,) = theirs.generate_until([request("generate_until", "the class object", options)], disable_tqdm=True)
+    pairs = [("the class object", part) for part in (greedy, greedy + " zebra", " value", " returns a value when")]
+    scored = ours.loglikelihood([request("loglikelihood", *pair) for pair in pairs])
+    for (context, answer), score in zip(pairs, scored, strict=True):
+        wanted = lead(theirs.model, *ours._encode_pair(context, answer))
+        assert score.lead == pytest.approx(wanted, abs=1e-4)
+        assert score[1] == (score.lead > 0)
+    assert [score[1] for score in scored[:2]] == [True, False]
+
+
+def test_a_greedy_answer_that_company_could_turn_is_counted_by_the_gate(ours, tmp_path):
+    write_lines(tmp_path / "words.jsonl", [{"q": text(random.Random(n), 9), "a": "value"} for n in range(6)])
+    (tmp_path / "words.yaml").write_text(
+        "suite: words\nfamily: words\nabout: Last words.\nmargin: 0.05\nunit: accuracy\nhigher_is_better: true\n"
+        "tasks:\n  last:\n    source: words.jsonl\n    key: q\n    metrics: [acc]\n    licence: MIT-0\n"
+        "    config: {output_type: loglikelihood, doc_to_text: q, doc_to_target: a}\n"
+    )
+    task = pin(load_suite("./words.yaml", root=tmp_path), "last", items=6)
+    documents = [{"id": str(n), "cluster": str(n), **row} for n, row in enumerate(read_lines(tmp_path / "words.jsonl"))]
+    rows = run_task(ours, task, documents, chat=False)
+    slack = sorted(row["slack"] for row in rows)
+    assert slack[0] > 0
+
+    def report(name: str, tolerance: float) -> EvalReport:
+        folder = tmp_path / name
+        folder.mkdir()
+        protocol = Protocol(
+            tasks=(task,), engine={}, batch_tolerance=tolerance, template_sha256=None,
+            prompts_sha256=prompts_digest(rows), seed=0,
+        )  # fmt: skip
+        write_lines(folder / "samples.jsonl", rows)
+        write_json(folder / "protocol.json", protocol.model_dump(mode="json"))
+        return EvalReport(path=folder, metrics=(), fingerprint=protocol.fingerprint)
+
+    for place, tolerance in enumerate([slack[0] / 2, slack[2], slack[-1]]):
+        reports = [report(f"{name}-{place}", tolerance) for name in ("before", "after")]
+        assert len(gather(*reports).families["words"].fragile) == sum(each <= tolerance for each in slack)
 
 
 def test_documents_roll_on_past_the_models_length(ours, theirs, monkeypatch):

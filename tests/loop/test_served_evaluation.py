@@ -9,15 +9,16 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from fmops.adapters.lm_eval_endpoint import EndpointLM
-from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM
 from fmops.adapters.openai_endpoint import OpenAIEndpoint
 from fmops.artifacts import Benchmarks, Checkpoint
 from fmops.deployment.serving.engine import load_engine
 from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
+from fmops.evaluation.evidence import gather
 from fmops.evaluation.gate import gate
 from fmops.evaluation.journal import Journal
-from fmops.evaluation.protocol import pin, read_lines, scorers_digest, write_json, write_lines
+from fmops.evaluation.protocol import Protocol, pin, read_lines, scorers_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
 from fmops.jobs import EvaluateJob, GateJob
 from fmops.stage import StageContext
@@ -25,11 +26,16 @@ from tests.loop.test_serving import running
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model):
-    engine = load_engine("transformers", tiny_model, max_tokens=512, threads=1)
+def engine(tiny_model):
+    loaded = load_engine("transformers", tiny_model, max_tokens=512, threads=1)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def url(engine):
     with running(engine) as box:
         yield f"{box.url}/v1"
-    engine.close()
 
 
 @pytest.fixture
@@ -50,11 +56,10 @@ def test_answers_of_the_endpoint_score_as_those_of_the_weights(served, weights):
     pairs = [("def f(x):", " return x"), ("the class object ", "returns a value"), ("a " * 300 + "class", " value")]
     pairs += [("Der Schlüssel — 日本語 ist", " größer als ß"), ("日本語 🙂", "のテスト 🙂 x")]
     asked = requests("loglikelihood", *pairs)
-    for (ours, greedy), (theirs, wanted) in zip(
-        served.loglikelihood(asked), weights.loglikelihood(asked), strict=True
-    ):  # fmt: skip
-        assert ours == pytest.approx(theirs, abs=2e-4)
-        assert greedy == wanted
+    for ours, theirs in zip(served.loglikelihood(asked), weights.loglikelihood(asked), strict=True):
+        assert ours[0] == pytest.approx(theirs[0], abs=2e-4)
+        assert ours[1] == theirs[1]
+        assert ours.lead == pytest.approx(theirs.lead, abs=2e-4)
 
 
 def test_generations_of_the_endpoint_are_those_of_the_weights(served, weights):
@@ -154,6 +159,20 @@ def test_two_served_models_may_be_compared_and_a_served_one_with_weights_may_not
     mixed = decide(weights, served)
     assert mixed.verdict == "reject"
     assert "the champion was measured with batch prefix-tree/256, the challenger with endpoint" in mixed.reasons[0]
+
+
+def test_what_the_engine_states_of_company_enters_the_protocol_and_the_gate(
+    measure, engine, url, tmp_path, monkeypatch
+):
+    def fragile(stated: float) -> tuple[float, int]:
+        monkeypatch.setattr(engine, "batch_tolerance", stated)
+        reports = [measure(f"{name}-{stated}", url) for name in ("before", "after")]
+        protocol = Protocol.model_validate_json((reports[1].path / "protocol.json").read_bytes())
+        return protocol.batch_tolerance, len(gather(*reports).families["capability"].fragile)
+
+    assert fragile(0.0) == (BATCH_TOLERANCE, 0)
+    # Answers of a model of random weights are nearer to each other than ten nats.
+    assert fragile(10.0) == (10.0, 8)
 
 
 def test_a_server_of_another_release_is_not_measured_in_its_place(measure, url):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 
 import httpx
@@ -107,11 +108,12 @@ def test_the_model_is_named_where_several_are_served():
 
 def test_a_prompts_log_probabilities_come_without_what_was_generated():
     logprobs = {
-        "token_logprobs": [None, -1.0, -2.5, -0.1], "top_logprobs": [None, {"x": -1.0}, {"y": -0.5}, {"z": -0.1}],
+        "token_logprobs": [None, -1.0, -2.5, -0.1],
+        "top_logprobs": [None, {"x": -1.0, "w": -1.25}, {"y": -0.5, "v": -2.0}, {"z": -0.1, "u": -3.0}],
     }  # fmt: skip
     usage = {"prompt_tokens": 3, "completion_tokens": 1}
     endpoint = Script((200, {"choices": [{"text": "abcd", "logprobs": logprobs}], "usage": usage})).endpoint()
-    assert endpoint.prompt_logprobs("abc") == [(None, False), (-1.0, True), (-2.5, False)]
+    assert endpoint.prompt_logprobs("abc") == [(None, -math.inf), (-1.0, 0.25), (-2.5, -2.0)]
     assert endpoint.count_tokens("abc") == 3
     blind = Script((200, {"choices": [{"text": "abc", "logprobs": None}], "usage": usage}))
     with pytest.raises(FmopsError, match=r"answered without 'token_logprobs'"):
@@ -150,3 +152,48 @@ def test_an_endpoint_that_does_not_repeat_its_samples_is_refused():
         sampled(says(lambda _: f"said {next(count)}"))
     with pytest.raises(FmopsError, match=r"gives the same answer to every seed.*drop do_sample and temperature"):
         sampled(says(lambda _: "said so"))
+
+
+def likely(value: Callable[[str], object], *, stated: float | None = None) -> EndpointLM:
+    """An endpoint that gives every token of a text, one a word, what `value` says of it."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/models"):
+            card = {"id": "m", **({} if stated is None else {"batch_tolerance": stated})}
+            return httpx.Response(200, json={"data": [card]})
+        body = json.loads(request.content)
+        words = body["prompt"].split()
+        logprobs = {
+            "token_logprobs": [None, *map(value, words[1:]), -1.0],
+            "top_logprobs": [None, *({"x": -0.5} for _ in words)],
+        }
+        usage = {"prompt_tokens": len(words), "completion_tokens": 1}
+        choice = {"text": "", "logprobs": logprobs if body.get("echo") else None}
+        return httpx.Response(200, content=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    return EndpointLM(OpenAIEndpoint(URL, transport=httpx.MockTransport(answer)))
+
+
+ASKED = Instance("loglikelihood", {"id": "sums-7"}, ("two and two", " is four"), 0, ("sums", 7, 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), None], ids=str)
+@pytest.mark.parametrize("kind", ["loglikelihood", "loglikelihood_rolling"])
+def test_a_log_probability_that_is_no_number_is_refused_with_its_item(kind, value):
+    served = likely(lambda word: value if word == "four" else -1.0)
+    assert served.loglikelihood([ASKED, Instance("loglikelihood", {}, ("two", " is"), 0)][1:]) == [(-1.0, False)]
+    text = (ASKED.args[0] + ASKED.args[1],) if kind == "loglikelihood_rolling" else ASKED.args
+    asked = Instance(kind, ASKED.doc, text, 0, ASKED.metadata)
+    with pytest.raises(FmopsError, match=rf"^task sums, item sums-7: {URL} gives .*log-probability {value}"):
+        getattr(served, kind)([asked])
+
+
+@pytest.mark.parametrize(("stated", "tolerance"), [(None, 0.1), (0.0, 2e-4), (0.05, 0.05)])
+def test_an_endpoint_is_held_to_what_it_states_of_company_and_a_foreign_one_to_the_coarsest(stated, tolerance):
+    calls = iter(range(10**6))
+    assert likely(lambda _: -1.0, stated=stated).batch_tolerance == tolerance
+    little = likely(lambda _: -1.0 - 1e-9 * next(calls), stated=stated)
+    assert little.loglikelihood([ASKED])[0][0] == pytest.approx(-2.0, abs=1e-3)
+    much = likely(lambda _: -1.0 - 1e-2 * next(calls), stated=stated)
+    with pytest.raises(FmopsError, match=rf"other requests move .* batch tolerance of {tolerance:g}: differ"):
+        much.loglikelihood([ASKED])

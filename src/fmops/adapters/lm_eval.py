@@ -268,8 +268,11 @@ def _measured(metric: str, entry: PinnedTask, task: ConfigurableTask, sample: di
     document = sample["doc"]
     if entry.config.output_type != "multiple_choice":
         score = {"score": _score(metric, sample[metric], entry.task, document["id"])}
-        generated = entry.config.output_type == "generate_until"
-        return score | ({"response": sample["filtered_resps"][0]} if generated else {})
+        answer = sample["filtered_resps"][0]
+        if entry.config.output_type == "loglikelihood":
+            # Two log-probabilities change places once each has moved by half of what is between them.
+            return score | {"slack": abs(answer.lead) / 2}
+        return score | ({"response": answer} if entry.config.output_type == "generate_until" else {})
     choices = task.doc_to_choice(document)
     if metric in BIAS_METRICS:
         # Of the answer that the gate's accuracy is about.

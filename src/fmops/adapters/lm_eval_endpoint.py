@@ -1,7 +1,8 @@
 """A served model behind lm-evaluation-harness's interface: what is scored is what is served.
 
 Enters: an OpenAI-compatible endpoint, requests. Leaves: answers, greedy or by a seed; log-likelihoods of prompts.
-Refuses: log-likelihoods of chats; sampling where the endpoint does not give the same answer to the same seed.
+Refuses: log-likelihoods of chats, ones that are no numbers or that company moves beyond the tolerance; sampling where
+the endpoint does not give the same answer to the same seed.
 
 Log-likelihoods come from `echo` with `logprobs`. The first token of a text has none and counts as nothing; an answer
 that fuses with its context into one token is read as the server reads the whole. Both arms of a comparison are asked
@@ -11,8 +12,10 @@ alike: the engine is part of the protocol.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -22,8 +25,9 @@ from lm_eval.models.utils import postprocess_generated_text
 
 from fmops.adapters.lm_eval_generation import understood
 from fmops.adapters.lm_eval_sampling import Sampling
-from fmops.adapters.lm_eval_scorer import repeat_keys
+from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, repeat_keys
 from fmops.adapters.openai_endpoint import OpenAIEndpoint
+from fmops.adapters.tree_reader import Scored
 from fmops.errors import FmopsError
 from fmops.evaluation.journal import Journal
 
@@ -35,6 +39,10 @@ _CHAT = "\x00chat:"
 _PROBE = "Once upon a time there was"
 _PROBE_TOKENS = 24
 _SEEDS = (1, 2, 3, 4)
+UNSTATED_TOLERANCE = 0.1
+"""Of an endpoint that states none: as the coarsest engine here states, which computes in half precision."""
+_COMPANY = ("Rain", "The capital of France is Paris.", "def f(x):\n    return x", "One two three four five " * 5)
+"""Texts of different lengths, each scored alone and among others."""
 
 
 class EndpointLM(LM):  # type: ignore[misc]
@@ -56,6 +64,8 @@ class EndpointLM(LM):  # type: ignore[misc]
         self.seed = seed
         self._repeats_samples = False
         """Whether the endpoint was seen to answer the same to the same seed."""
+        self._is_steady = False
+        """Whether company was seen to move log-likelihoods no further than the tolerance."""
         self.journal = Journal()
         self._lengths: dict[str, int] = {}
         """Tokens of each context; the answers of a question share one."""
@@ -65,6 +75,15 @@ class EndpointLM(LM):  # type: ignore[misc]
     def engine(self) -> dict[str, str]:
         """What scores depend on beside the harness, the items and the weights."""
         return {"dtype": "as served", "batch": self.batch_mode}
+
+    @property
+    def batch_tolerance(self) -> float:
+        """How far company may move a log-likelihood: as the endpoint's engine states it, else `UNSTATED_TOLERANCE`.
+
+        At least the local scorer's: the two arms may be served on different numbers of threads.
+        """
+        stated = self.endpoint.batch_tolerance
+        return UNSTATED_TOLERANCE if stated is None else max(BATCH_TOLERANCE, stated)
 
     @property
     def tokenizer_name(self) -> str:
@@ -83,13 +102,18 @@ class EndpointLM(LM):  # type: ignore[misc]
         answers: list[str] = self._all("generate", asked, self._generate)
         return answers
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        scored = self._all("score", [request.args for request in requests], self._score)
-        return [(float(value), bool(greedy)) for value, greedy in scored]
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Scored]:
+        return self._scores(requests, [request.args for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        scored = self._all("score", [("", request.args[0]) for request in requests], self._score)
-        return [float(value) for value, _ in scored]
+        return [value for value, _ in self._scores(requests, [("", request.args[0]) for request in requests])]
+
+    def _scores(self, requests: list[Instance], pairs: list[tuple[str, str]]) -> list[Scored]:
+        """Each pair's second text after its first one."""
+        self._require_steady()
+        items = {pair: _item(request) for request, pair in zip(requests, pairs, strict=True)}
+        scored = self._all("score", pairs, partial(self._score, items))
+        return [Scored.of(float(value), lead >= 0, float(lead)) for value, lead in scored]
 
     def decoding(self, given: dict[str, Any]) -> tuple[int, tuple[str, ...], dict[str, float]]:
         """A task's `generation_kwargs`, checked: most tokens, stop strings, what the request says of sampling.
@@ -129,6 +153,26 @@ class EndpointLM(LM):  # type: ignore[misc]
             )
         self._repeats_samples = True
 
+    def _require_steady(self) -> None:
+        """Score a few texts alone and among others, once, and hold what moved against the tolerance."""
+        if self._is_steady:
+            return
+
+        def total(text: str) -> float:
+            return sum(value for value, _ in self.endpoint.prompt_logprobs(text) if value is not None)
+
+        alone = [total(text) for text in _COMPANY]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            together = list(pool.map(total, _COMPANY * 3))
+        moved = max(abs(ours - theirs) for ours, theirs in zip(alone * 3, together, strict=True))
+        if moved > self.batch_tolerance:
+            raise FmopsError(
+                f"{self.endpoint.url}: other requests move a text's log-likelihood by {moved:.2g} nats, more than its "
+                f"batch tolerance of {self.batch_tolerance:g}: differences between models would be noise. Serve it in "
+                "float32 or one request at a time, or evaluate the weights."
+            )
+        self._is_steady = True
+
     def _generate(self, context: str, options: dict[str, Any], seed: int | None) -> str:
         most, until, sent = self.decoding(options)
         sampling = None if seed is None else {**sent, "seed": seed}
@@ -140,7 +184,8 @@ class EndpointLM(LM):  # type: ignore[misc]
         answer: str = postprocess_generated_text(generation=text, stop=list(until), think_end_token=None)
         return answer
 
-    def _score(self, context: str, answer: str) -> tuple[float, bool]:
+    def _score(self, items: dict[tuple[str, str], str], context: str, answer: str) -> tuple[float, float]:
+        item = items[context, answer]
         if context.startswith(_CHAT):
             raise FmopsError(
                 f"{self.endpoint.url} tells no log-likelihoods of a chat. Drop `chat`, or evaluate the model itself."
@@ -152,10 +197,18 @@ class EndpointLM(LM):  # type: ignore[misc]
             self._lengths[kept] = self.endpoint.count_tokens(kept)
         # As in the harness: what the whole has beyond the tokens of its beginning alone.
         tokens = self.endpoint.prompt_logprobs(kept + answer)[self._lengths.get(kept, 0) :]
-        mine = [(value, best) for value, best in tokens if value is not None]
-        if not mine:
+        if not kept and tokens and tokens[0][0] is None:
+            # The first token of a text has none.
+            tokens = tokens[1:]
+        if all(value is None for value, _ in tokens):
             raise FmopsError(f"{self.endpoint.url} tells no log-probabilities of a prompt (`echo` with `logprobs`).")
-        return sum(value for value, _ in mine), all(best for _, best in mine)
+        bad = [value for value, _ in tokens if value is None or not math.isfinite(value)]
+        if bad:
+            raise FmopsError(
+                f"{item}: {self.endpoint.url} gives {answer[:60]!r} a token of log-probability {bad[0]}. The served "
+                "weights give no usable numbers, or the server does not tell all of them."
+            )
+        return sum(value for value, _ in tokens if value is not None), min(lead for _, lead in tokens)
 
     def _all(self, kind: str, requests: list[Any], ask: Callable[..., Any]) -> list[Any]:
         """Each request once, several at a time; finished ones come from the journal."""
@@ -172,3 +225,9 @@ class EndpointLM(LM):  # type: ignore[misc]
             finally:
                 pool.shutdown(cancel_futures=True)
         return [found.get(key, self.journal.get(key)) for key in keys]
+
+
+def _item(request: Instance) -> str:
+    """What a request is asked for, as errors call it."""
+    document = request.doc if isinstance(request.doc, dict) else {}
+    return f"task {request.task_name}, item {document.get('id', request.doc_id)}"

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from fmops.adapters.eyes import Eyes, Look, embed, load_seeing
 from fmops.adapters.lm_eval import PICTURE
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM, refuse_unusable
+from fmops.adapters.tree_reader import Scored
 from fmops.errors import FmopsError
 from fmops.pictures import PLACE, NoPicture, for_template, reads_pictures
 
@@ -48,7 +49,7 @@ class SeeingLM(SharedPrefixLM):
         )  # fmt: skip
         return text
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
         scores = []
         for request in requests:
             context, answer = self._encode_pair(*request.args)
@@ -57,7 +58,7 @@ class SeeingLM(SharedPrefixLM):
             if (known := self.journal.get(key)) is None:
                 self.journal.claim(key, wait=True)
                 known = self._finish(key, partial(self._score, context, answer, picture, request.doc))
-            scores.append((float(known[0]), bool(known[1])))
+            scores.append(Scored.of(float(known[0]), bool(known[1]), float(known[2])))
             self.on_progress(len(scores) / len(requests))
         return scores
 
@@ -77,8 +78,8 @@ class SeeingLM(SharedPrefixLM):
         texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
 
-    def _score(self, context: list[int], answer: list[int], picture: str | None, doc: Any) -> tuple[float, bool]:
-        """Log-likelihood of `answer` after `context`, and whether each of its tokens is the likeliest."""
+    def _score(self, context: list[int], answer: list[int], picture: str | None, doc: Any) -> tuple[float, bool, float]:
+        """Log-likelihood of `answer` after `context`, whether all its tokens are the likeliest, its lead."""
         try:
             looks: list[Look] = [self._eyes.look(picture)] if picture else []
             seen = self._eyes.expand(context, looks)
@@ -91,9 +92,12 @@ class SeeingLM(SharedPrefixLM):
             embedded = embed(self.model, tokens, looks)[None]
             logits = self.model(inputs_embeds=embedded, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1]
         rows = torch.log_softmax(logits.float(), dim=-1)
-        value = float(rows[range(len(answer)), answer].sum())
+        chosen = rows[range(len(answer)), answer]
+        value = float(chosen.sum())
         refuse_unusable(value)
-        return value, rows.argmax(dim=-1).tolist() == answer
+        first, second = rows.topk(2).values.unbind(-1)
+        lead = torch.where(chosen < first, chosen - first, first - second).min()
+        return value, rows.argmax(dim=-1).tolist() == answer, float(lead)
 
 
 def _without_places(message: dict[str, str]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fmops.adapters.lm_eval_generation import Decoding, continue_alone, continue_prompts
 from fmops.adapters.lm_eval_sampling import METHOD, TOP_K, answer_key
 from fmops.adapters.prefix_tree import Read, Step, plan
-from fmops.adapters.tree_reader import TreeReader, lines, shares_prefixes
+from fmops.adapters.tree_reader import Scored, TreeReader, lines, shares_prefixes
 from fmops.errors import FmopsError
 from fmops.evaluation.journal import Journal
 
@@ -47,6 +47,8 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 
 class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
     """Gives the choices and texts of the `hf` backend, reading common beginnings once; see docs/evaluation.md."""
+
+    batch_tolerance = BATCH_TOLERANCE
 
     def __init__(
         self,
@@ -148,9 +150,9 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
         ids: list[int] = self.tokenizer.encode(string, **options)
         return ids
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Scored]:
         self._encode_together(text for request in requests for text in _texts(*request.args))
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        scores: list[Scored] = super().loglikelihood(requests, disable_tqdm=True)
         self._encoded = {}
         return scores
 
@@ -162,25 +164,26 @@ class SharedPrefixLM(TemplateLM):  # type: ignore[misc]
             some = wanted[begin : begin + ENCODED_TOGETHER]
             self._encoded.update(zip(some, self.tokenizer(some)["input_ids"], strict=True))
 
-    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[Scored]:
         reads = [self._read(context, answer) for _, context, answer in requests]
         answers = [answer for _, _, answer in requests]
         steps = plan(reads, self.pack_tokens) if self.shares else lines(reads)
         reader = TreeReader(self.model, steps, shares=self.shares)
         keys = {index: key for index, key in enumerate(_keys(steps, answers)) if steps[index].spans}
         tokens: list[list[float]] = [[0.0] * len(answer) for answer in answers]
-        greedy = [True] * len(requests)
-        scored: dict[int, list[tuple[list[float], bool]]] = {}
+        greedy, leads = [True] * len(requests), [math.inf] * len(requests)
+        scored: dict[int, list[tuple[list[float], bool, float]]] = {}
         for index, found in self._each(keys, partial(_scored, reader, answers)):
             scored[index] = found
             self.on_progress(len(scored) / len(keys))
         for index in keys:
-            for span, (values, best) in zip(steps[index].spans, scored[index], strict=True):
+            for span, (values, best, lead) in zip(steps[index].spans, scored[index], strict=True):
                 tokens[span.request][span.offset : span.offset + len(values)] = values
                 greedy[span.request] &= best
+                leads[span.request] = min(leads[span.request], lead)
         # A whole answer at once and in float32, as the `hf` backend adds: its rounding is ours, however a tree was cut.
         totals = [float(torch.tensor(values).sum()) for values in tokens]
-        return list(zip(totals, greedy, strict=True))
+        return list(map(Scored.of, totals, greedy, leads))
 
     def _read(self, context: list[int], answer: list[int]) -> Read:
         """What is read to score an answer: as much of the context's end as the model has room for."""
@@ -310,9 +313,9 @@ def _texts(context: str, continuation: str) -> Iterator[str]:
         yield context + continuation
 
 
-def _scored(reader: TreeReader, answers: list[list[int]], index: int) -> list[tuple[list[float], bool]]:
+def _scored(reader: TreeReader, answers: list[list[int]], index: int) -> list[tuple[list[float], bool, float]]:
     found = reader.score(index, answers)
-    for values, _ in found:
+    for values, _, _ in found:
         refuse_unusable(sum(values))
     return found
 

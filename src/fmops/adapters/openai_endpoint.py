@@ -8,10 +8,11 @@ A key comes from the environment (`FMOPS_API_KEY`, else `OPENAI_API_KEY`): it be
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import httpx
@@ -55,6 +56,9 @@ class OpenAIEndpoint:
         self.model = model or served[0]
         self.release: str | None = cards[self.model].get("version")
         """Key of the release that is served, where the server says it, as FMOps' own does."""
+        stated = cards[self.model].get("batch_tolerance")
+        self.batch_tolerance: float | None = float(stated) if isinstance(stated, int | float) else None
+        """Nats by which company moves its log-probabilities, where the server says it, as FMOps' engines do."""
 
     def chat(
         self, messages: list[dict[str, str]], *, max_tokens: int, stop: tuple[str, ...] = (),
@@ -73,17 +77,18 @@ class OpenAIEndpoint:
         choice = self._choice("completions", {"prompt": prompt, **_greedy(max_tokens, stop), **(sampling or {})})
         return str(_field(choice, "text", self.url))
 
-    def prompt_logprobs(self, text: str) -> list[tuple[float | None, bool]]:
-        """Of each token of the text: its log-probability given those before it, whether it is the likeliest one.
+    def prompt_logprobs(self, text: str) -> list[tuple[float | None, float]]:
+        """Of each token of the text: its log-probability given those before it, how far that is above the next one's.
 
-        The first token has none. Places in the text are not read: a character of two tokens is counted twice.
+        The lead is below 0 where another token is likelier. The first token has no log-probability. Places in the text
+        are not read: a character of two tokens is counted twice.
         """
         answer = self._ask("POST", "completions", self._echo(text, logprobs=True))
         found = _field(self._first(answer, "completions"), "logprobs", self.url) or {}
         values, tops = (_field(found, name, self.url) for name in ("token_logprobs", "top_logprobs"))
         generated = int(_field(_field(answer, "usage", self.url), "completion_tokens", self.url))
         return [
-            (value, value is not None and value >= max((top or {}).values(), default=value))
+            (value, _lead(value, (top or {}).values()))
             for value, top in list(zip(values, tops, strict=True))[: len(values) - generated]
         ]
 
@@ -93,7 +98,7 @@ class OpenAIEndpoint:
         return int(_field(_field(answer, "usage", self.url), "prompt_tokens", self.url))
 
     def _echo(self, text: str, *, logprobs: bool) -> dict[str, Any]:
-        asked = {"echo": True, "logprobs": 1} if logprobs else {}
+        asked = {"echo": True, "logprobs": 2} if logprobs else {}
         return {"model": self.model, "prompt": text, **asked, **_greedy(1, ())}
 
     def _choice(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +143,14 @@ class OpenAIEndpoint:
 
 def _greedy(max_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
     return {"max_tokens": max_tokens, "temperature": 0, **({"stop": list(stop)} if stop else {})}
+
+
+def _lead(value: float | None, likeliest: Iterable[float]) -> float:
+    """What a token of this log-probability is ahead of the likeliest other one; 0 where the server tells no other."""
+    if value is None:
+        return -math.inf
+    best, *others = sorted(likeliest, reverse=True) or [value]
+    return value - best if value < best else value - max(others, default=value)
 
 
 def _wait_s(response: httpx.Response, attempt: int) -> float:

@@ -109,6 +109,22 @@ def only_rows(mlp: Any | None, places: torch.Tensor, length: int) -> Iterator[No
             hook.remove()
 
 
+class Scored(tuple[float, bool]):
+    """An answer's log-likelihood and whether it is the greedy choice, as lm-evaluation-harness wants it; and its lead.
+
+    The lead is what the answer's token is ahead of the likeliest other one, in nats, at the token where that is least.
+    Below 0 the answer is not the greedy one; the choice is another once log-probabilities move by half of it.
+    """
+
+    lead: float
+
+    @classmethod
+    def of(cls, loglikelihood: float, greedy: bool, lead: float) -> Scored:
+        scored = cls((loglikelihood, greedy))
+        scored.lead = lead
+        return scored
+
+
 class TreeReader:
     """Reads steps in any order; in the planned order no stem is read twice."""
 
@@ -143,8 +159,8 @@ class TreeReader:
             self.cache.length += len(step.tokens)
         return logits if self._keeps_logits else logits[list(kept)]
 
-    def score(self, index: int, answers: Sequence[Sequence[int]]) -> list[tuple[list[float], bool]]:
-        """For each span of a step: log-likelihoods of its tokens of the answer, and whether they are the greedy choice.
+    def score(self, index: int, answers: Sequence[Sequence[int]]) -> list[tuple[list[float], bool, float]]:
+        """For each span of a step: log-likelihoods of its tokens of the answer, whether they are greedy, their lead.
 
         `answers` are the tokens to predict, by request: as many as the request has scored positions.
         """
@@ -155,7 +171,7 @@ class TreeReader:
         tokens = torch.tensor(
             [token for span in spans for token in answers[span.request][span.offset :][: len(span.places)]]
         )
-        chosen, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
+        chosen, lead, greedy = torch.empty(len(rows)), torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
         logits = self.read(index, kept)
         height = max(1, NORMALISED // logits.shape[1])
         for number, part in enumerate(torch.split(logits, height)):
@@ -164,13 +180,17 @@ class TreeReader:
             (here,) = torch.nonzero(rows // height == number, as_tuple=True)
             at = rows[here] % height
             chosen[here] = logs[at, tokens[here]]
-            greedy[here] = chosen[here] == logs.amax(-1)[at]
-            for tie in here[greedy[here]].tolist():
-                # Among equals, greedy decoding takes the first.
-                greedy[tie] = logs[rows[tie] % height].argmax() == tokens[tie]
+            lead[here] = chosen[here] - logs.amax(-1)[at]
+            greedy[here] = lead[here] == 0
+            for best in here[greedy[here]].tolist():
+                first, second = logs[rows[best] % height].topk(2).values
+                lead[best] = first - second
+                if first == second:
+                    # Among equals, greedy decoding takes the first.
+                    greedy[best] = logs[rows[best] % height].argmax() == tokens[best]
         sizes = [len(span.places) for span in spans]
-        values, wholly = torch.split(chosen, sizes), torch.split(greedy, sizes)
-        return [(value.tolist(), bool(part.all())) for value, part in zip(values, wholly, strict=True)]
+        parts = zip(*(torch.split(each, sizes) for each in (chosen, greedy, lead)), strict=True)
+        return [(values.tolist(), bool(wholly.all()), float(least.min())) for values, wholly, least in parts]
 
     def branch(self, start: int, ends: Sequence[int], place: int) -> SlotCache:
         """A copy of the path to a place of the step that was read last.

@@ -69,7 +69,6 @@ def evaluate(
         FmopsError: a suite without documents, or scores that are no numbers.
     """
     from fmops.adapters.lm_eval import VERSION, samples
-    from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE
 
     every = _tasks(config, benchmarks, corpus, seed=context.seed)
     tasks = [(task, documents) for task, documents in every if task.framework is None]
@@ -102,7 +101,7 @@ def evaluate(
     protocol = Protocol(
         tasks=tuple(counted[task.task] for task, _ in every),
         engine=engine,
-        batch_tolerance=BATCH_TOLERANCE,
+        batch_tolerance=lm.batch_tolerance,
         template_sha256=lm.template_sha256,
         prompts_sha256=prompts_digest(rows),
         seed=context.seed,

@@ -206,6 +206,7 @@ class _Api:
             "created": 0,
             "owned_by": "fmops",
             "version": self._service.version,
+            "batch_tolerance": self._service.engine.batch_tolerance,
         }
 
     async def _encode(self, encode: Callable[[], list[int]], param: str) -> list[int]:
