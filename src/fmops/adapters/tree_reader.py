@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -188,9 +189,9 @@ class TreeReader:
                 if first == second:
                     # Among equals, greedy decoding takes the first.
                     greedy[best] = logs[rows[best] % height].argmax() == tokens[best]
-        sizes = [len(span.places) for span in spans]
-        parts = zip(*(torch.split(each, sizes) for each in (chosen, greedy, lead)), strict=True)
-        return [(values.tolist(), bool(wholly.all()), float(least.min())) for values, wholly, least in parts]
+        values, wholly, leads = chosen.tolist(), greedy.tolist(), lead.tolist()
+        ends = accumulate((len(span.places) for span in spans), initial=0)
+        return [(values[a:b], all(wholly[a:b]), min(leads[a:b])) for a, b in pairwise(ends)]
 
     def branch(self, start: int, ends: Sequence[int], place: int) -> SlotCache:
         """A copy of the path to a place of the step that was read last.
