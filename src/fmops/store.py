@@ -309,9 +309,9 @@ class Store:
     def _log_moves(self, targets: Mapping[str, str], *, now: Mapping[str, str], why: str) -> None:
         """Append the moves; those that a killed process logged, but did not make, stand there already."""
         path, stamp = self.root / "aliases.jsonl", utc_now()
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if path.is_file() else []
         # A power cut may have torn the last line.
-        moves = [AliasMove.model_validate_json(line) for line in lines if line.endswith("}")]
+        moves = [AliasMove.model_validate_json(line) for line in lines if line.endswith(b"}")]
         logged = {move.alias: (move.before, move.after) for move in moves}
         with path.open("a") as log:
             for alias, after in targets.items():

@@ -270,3 +270,47 @@ def test_a_row_that_cannot_be_read_ends_the_stage_where_the_spec_says_so(case: C
     assert reasons(case.conversations(rows)) == {"unreadable": 1}
     with pytest.raises(FmopsError, match=r"^rows\.jsonl:2: no object but list\. .*`curate\.unreadable: skip`"):
         case.conversations(rows, unreadable="stop")
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029"])
+def test_texts_with_other_ends_of_line_are_learnt_from_whole(sign, case, context):
+    """Rows are written with the sign as it is: a reader may end them at a line feed alone."""
+    from fmops.adapters.held_out import read_held_out
+    from fmops.adapters.model_files import load_tokenizer
+    from fmops.finetuning.instruct import read_dialogues
+    from fmops.finetuning.preferences import read_pairs
+    from fmops.lifecycle import Align, Instruct
+
+    asked, told = {"role": "user", "content": "Well?"}, f"One line.{sign}Another."
+    tokenizer = load_tokenizer(case.base.model)
+    case.conversations([{"messages": [asked, {"role": "assistant", "content": told}]}])
+    assert sign in (case.out / "train.jsonl").read_text()
+    [dialogue] = read_dialogues(case.out / "train.jsonl", Instruct(), tokenizer=tokenizer, context=context)
+    assert sign in tokenizer.decode(dialogue.ids)
+    case.preferences([{"prompt": [asked], "chosen": told, "rejected": "No."}])
+    [pair] = read_pairs(case.out / "train.jsonl", Align(), tokenizer=tokenizer, context=context)
+    assert sign in tokenizer.decode(pair.chosen)
+    path = case.out / "new.jsonl"
+    path.write_text(json.dumps({"text": told}, ensure_ascii=False) + "\n")
+    assert len(read_held_out(path, tokenizer, block_tokens=64).documents) == 1
+
+
+def test_reports_and_aliases_with_other_ends_of_line_are_read(tmp_path, case):
+    from types import SimpleNamespace
+
+    from fmops.adapters.garak import OutsideFailed, read_report
+    from fmops.orchestration.show import _generations
+    from fmops.store import Store
+
+    row = json.dumps({"prompt": "Well?", "response": "One.\u2028Two."}, ensure_ascii=False)
+    (tmp_path / "generations.jsonl").write_text(row + "\n")
+    project = SimpleNamespace(store=SimpleNamespace(files=lambda _: tmp_path))
+    assert _generations(project, None) == {"Well?": "One.\u2028Two."}
+    entry = json.dumps({"entry_type": "attempt", "status": 1, "prompt": "One.\u2028Two."}, ensure_ascii=False)
+    with pytest.raises(OutsideFailed, match="ends early"):
+        read_report(entry + "\n", SimpleNamespace(task=SimpleNamespace(task="t"), folder=tmp_path))
+    store = Store(tmp_path / "store")
+    store.root.mkdir()
+    for before, after in ((None, "a"), ("a", "b")):
+        store.move_aliases({"champion": after}, expected={"champion": before}, why="by\u2028hand")
+    assert store.aliases()["champion"] == "b"

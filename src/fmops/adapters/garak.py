@@ -50,7 +50,7 @@ def read_report(text: str, order: Order) -> Answers:
     Raises:
         OutsideFailed: it does not end, or an attack lacks its answer or its detectors' word.
     """
-    entries: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
+    entries: list[dict[str, Any]] = [json.loads(line) for line in text.split("\n") if line.strip()]
     kinds = {entry["entry_type"] for entry in entries}
     if "completion" not in kinds:
         raise OutsideFailed(f"task {order.task.task}: garak's report ends early. Look at {order.folder}/output.txt.")

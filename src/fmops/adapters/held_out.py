@@ -6,7 +6,6 @@ Refuses: to disturb training: same arithmetic, no gradients, the mode it found i
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fmops.adapters.linear_loss import CHUNK_BYTES, WITHOUT_LOGITS
 from fmops.adapters.model_files import evaluating, load_tokenizer
 from fmops.adapters.packing import IGNORED, Block, collate
 from fmops.artifacts import Corpus
+from fmops.integrity import read_lines
 
 DOMAIN_TOKENS = 2048
 """Held-out tokens scored a domain and measurement: a few seconds on a laptop, since they are scored many times."""
@@ -59,9 +59,8 @@ def read_held_out(path: Path, tokenizer: Any, *, block_tokens: int) -> HeldOutTe
     """The first `DOMAIN_TOKENS` tokens of documents in a JSON Lines file (key `text`); None when there are none."""
     pieces: list[Block] = []
     predicted_bytes, left = 0, DOMAIN_TOKENS
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        text = json.loads(line)["text"]
+    for row in read_lines(path) if path.is_file() else []:
+        text = row["text"]
         encoded = tokenizer(text[: DOCUMENT_TOKENS * 16], add_special_tokens=False, return_offsets_mapping=True)
         size = min(len(encoded["input_ids"]), DOCUMENT_TOKENS, block_tokens, left)
         if size < 2:

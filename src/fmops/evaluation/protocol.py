@@ -14,6 +14,7 @@ from typing import Any
 
 from fmops.artifacts import Frozen
 from fmops.evaluation.suites import Suite, TaskConfig
+from fmops.integrity import read_lines as read_lines
 from fmops.integrity import sha256
 
 PACKAGE = Path(__file__).parents[1]
@@ -129,9 +130,3 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
             count += 1
     return count
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]

@@ -14,6 +14,7 @@ from fmops.artifacts import Benchmarks, Checkpoint, Conversations, Corpus
 from fmops.curve import best_note, kept_row, summary
 from fmops.errors import FmopsError
 from fmops.finetuning.dialogue import Encoded, Unusable, encode_dialogue
+from fmops.integrity import read_lines
 from fmops.lifecycle import Instruct
 from fmops.pictures import for_template, reads_pictures, to_url
 from fmops.stage import StageContext
@@ -116,8 +117,7 @@ def read_dialogues(path: Path, config: Instruct, *, tokenizer: Any, context: Sta
     """The dialogues of a JSON Lines file as tokens. What cannot be used is counted and said, never dropped silently."""
     encoded, unusable = [], {}
     eyes = _eyes(tokenizer.name_or_path)
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        row = json.loads(line)
+    for row in read_lines(path) if path.is_file() else []:
         try:
             if eyes is None:
                 dialogue = encode_dialogue(row["messages"], tokenizer=tokenizer)

@@ -6,7 +6,6 @@ Refuses: examples longer than `max_tokens`, by their id.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from fmops.errors import FmopsError
 from fmops.finetuning.dialogue import Unusable, encode_dialogue
+from fmops.integrity import read_lines
 from fmops.lifecycle import Align
 from fmops.stage import StageContext
 
@@ -110,8 +110,7 @@ def _read(
     """Every example of a file. What cannot be used is counted and said, never dropped silently."""
     examples: list[Kind] = []
     unusable = {}
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-        row = json.loads(line)
+    for row in read_lines(path) if path.is_file() else []:
         try:
             found = read(row)
         except Unusable as reason:

@@ -6,13 +6,12 @@ Refuses: to name a champion where there is none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from fmops.artifacts import Release
 from fmops.errors import FmopsError
-from fmops.integrity import read_json
+from fmops.integrity import read_json, read_lines
 from fmops.locks import holder
 from fmops.orchestration.detectable import told_before
 from fmops.orchestration.estimate import estimate, parameters_of
@@ -158,7 +157,7 @@ def _before_and_after(project: Project, outcome: Outcome) -> list[str]:
 
 def _generations(project: Project, record: Record) -> dict[str, str]:
     path = project.store.files(record) / "generations.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    rows = read_lines(path) if path.is_file() else []
     return {row["prompt"]: row["response"] for row in rows}
 
 
