@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fmops.adapters import linear_loss
-from fmops.adapters.document_attention import attend_by_document
+from fmops.adapters.document_attention import _varlen, attend_by_document, takes_varlen
 from fmops.adapters.learnt_rows import finish_learnt_rows
 from fmops.adapters.linear_loss import learn_without_logits
 from fmops.adapters.model_files import add_lora, load_model, lora_config
@@ -280,3 +280,30 @@ def test_micro_batches_divide_the_step_and_depend_on_the_blocks_alone():
     assert micro_batch(plan, [512] * 40) == 2
     assert micro_batch(plan, [200] * 40) == 4
     assert micro_batch(plan, [9000] * 40) == 1
+
+
+def test_a_gpu_takes_whole_documents_in_half_precision_through_variable_lengths():
+    """The kernel itself has run on no GPU here; this is what it is given."""
+    plain, shared = ((5,), (7,)), ((5,), (4, 2, 3))
+    for dtype in (torch.bfloat16, torch.float16):
+        assert takes_varlen("cuda", dtype, plain)
+        assert not takes_varlen("cuda", dtype, shared)
+    assert not takes_varlen("cuda", torch.float32, plain)
+    assert not takes_varlen("cpu", torch.bfloat16, plain)
+
+
+def test_variable_lengths_get_one_dtype_under_autocast(monkeypatch):
+    """Positions leave queries and keys in float32, values are in what autocast computes in."""
+    import torch.nn.attention.varlen as varlen
+
+    given = []
+
+    def attention(query, key, value, *_, **named):
+        given.extend((query, key, value))
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", attention)
+    query, key = torch.zeros(1, 4, 12, 8), torch.zeros(1, 2, 12, 8)
+    found = _varlen(query, key, key.bfloat16(), [5, 7], None)
+    assert {x.dtype for x in given} == {torch.bfloat16} == {found.dtype}
+    assert found.shape == (1, 12, 4, 8)
