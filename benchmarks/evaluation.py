@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM
 
 from fmops.adapters.gguf_models import convert_gguf
 from fmops.adapters.lm_eval_scorer import SharedPrefixLM
+from fmops.environment import processor
 from fmops.evaluation.items import choose, read_items
 from fmops.evaluation.suites import SuiteTask, load_suite
 from fmops.sources import resolve
@@ -356,15 +357,10 @@ def write(
             **{name: version(name) for name in ("torch", "transformers", "lm-eval")},
             "python": platform.python_version(),
         },
-        "machine": _processor(),
+        "machine": processor(),
     }  # fmt: skip
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def model_folders(work: Path) -> list[Path]:

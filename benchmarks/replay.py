@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shutil
 import statistics
 import sys
@@ -28,6 +27,7 @@ from xml.sax.saxutils import escape
 
 from fmops.artifacts import Checkpoint, Corpus
 from fmops.data.curate import curate
+from fmops.environment import processor
 from fmops.jobs import CorpusPart, CurateJob
 from fmops.lifecycle import Curate, Pretrain
 from fmops.pretraining.pretrain import pretrain
@@ -293,7 +293,7 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.is_file() else {}
     results[name] = {
         "whole": whole, "plan": asdict(plan), "summary": points, "cells": rows,
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1},
+        "machine": {"processor": processor(), "threads": 1},
         "unit": "bits per byte", "interval": "95 %, Student's t over seeds; against_none: paired by seed",
     }  # fmt: skip
     path.write_text(json.dumps(results, indent=1) + "\n")

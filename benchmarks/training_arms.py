@@ -116,6 +116,7 @@ def run_arm(name: str, setting: Setting) -> dict[str, Any]:
         "wall_s": wall_s,
         "steps": trainer.state.global_step,
         "last_loss": losses[-1] if losses else math.nan,
+        "precision": "bfloat16" if trainer.args.bf16 else "float32",
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         **work_of(setting),
     }

@@ -28,7 +28,7 @@ def describe_environment(folder: Path, *, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": threads,
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "package_commit": _commit(Path(__file__).parent),
@@ -41,7 +41,7 @@ def machine_notes(*, threads: int) -> Path:
     """Folder for what was measured once on this kind of machine: same processor, thread count and torch."""
     from fmops.sources import default_cache
 
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{_processor()} {threads} threads torch {_version('torch')}")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{processor()} {threads} threads torch {_version('torch')}")
     return default_cache() / "machines" / name
 
 
@@ -70,10 +70,11 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's model, as the kernel names it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
