@@ -73,15 +73,27 @@ def test_tuning_beside_documents_forgets_less_of_what_they_say(base, tmp_path, c
     assert losses[0.5] < losses[0.0] - 0.3
 
 
-def test_documents_get_the_share_of_the_tokens_that_is_asked_for_and_fit_a_block(base, tmp_path):
+def test_documents_get_the_share_of_the_tokens_that_is_asked_for_and_fit_a_block(base, tmp_path, context):
     corpus = a_corpus(tmp_path / "corpus", base.model, block_tokens=200)
     config = Instruct(documents=0.2, block_tokens=64)
-    pieces = documents_beside(config, corpus, tokens=1000, seed=0)
+    pieces = documents_beside(config, corpus, tokens=1000, context=context)
     assert 250 <= sum(len(piece.input_ids) for piece in pieces) < 250 + 64
     assert max(len(piece.input_ids) for piece in pieces) == 64
     assert all(piece.labelled is None for piece in pieces)
-    again = documents_beside(config, corpus, tokens=1000, seed=0)
+    again = documents_beside(config, corpus, tokens=1000, context=context)
     assert [list(piece.input_ids) for piece in again] == [list(piece.input_ids) for piece in pieces]
+
+
+def test_a_corpus_too_small_for_the_share_is_read_whole_and_said(base, tmp_path, context):
+    corpus = a_corpus(tmp_path / "corpus", base.model)
+    pieces = documents_beside(Instruct(documents=0.9), corpus, tokens=5000, context=context)
+    read = sum(len(piece.input_ids) for piece in pieces)
+    assert read == corpus.tokens
+    said = context.stream.getvalue()
+    assert (
+        f"instruct.documents is 0.9, but the corpus has no more than {read} tokens beside the dialogues' 5000" in said
+    )
+    assert f"a share of {read / (read + 5000):.2f}. Curate more, or lower instruct.documents." in said
 
 
 def test_a_model_that_reads_pictures_is_tuned_without_documents(base, tmp_path, context, monkeypatch):

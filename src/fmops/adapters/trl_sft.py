@@ -69,7 +69,7 @@ def train(
     pieces = [piece_of(dialogue) for dialogue in dialogues]
     if corpus:
         tokens = sum(len(piece.input_ids) for piece in pieces)
-        pieces += documents_beside(config, corpus, tokens=tokens, seed=context.seed)
+        pieces += documents_beside(config, corpus, tokens=tokens, context=context)
     # Packing goes by the order it is given; sources often come sorted by topic.
     random.Random(context.seed).shuffle(pieces)
     model, work_a_token, packs = ready(source, context, rank=config.rank if config.adapter == "lora" else None)
@@ -114,12 +114,15 @@ def sft_config(config: Instruct, plan: Plan, *, micro: int, work: Path, dtype: t
     )
 
 
-def documents_beside(config: Instruct, corpus: Corpus, *, tokens: int, seed: int) -> list[Block]:
-    """Documents of the corpus, in its mixture, chosen by seed: as many as give them their share beside `tokens`."""
+def documents_beside(config: Instruct, corpus: Corpus, *, tokens: int, context: StageContext) -> list[Block]:
+    """Documents of the corpus, in its mixture, chosen by seed: as many as give them their share beside `tokens`.
+
+    Where the corpus has no more, all of it is read, and a note says what share that is.
+    """
     wanted = round(tokens * config.documents / (1 - config.documents))
     blocks = read_blocks(corpus.train_shards)
     found: list[Block] = []
-    for index in random.Random(seed).sample(range(len(blocks)), len(blocks)):
+    for index in random.Random(context.seed).sample(range(len(blocks)), len(blocks)):
         block, start = blocks[index], 0
         for length in block.lengths:
             if wanted <= 0:
@@ -127,4 +130,10 @@ def documents_beside(config: Instruct, corpus: Corpus, *, tokens: int, seed: int
             ids = block.input_ids[start : start + min(length, config.block_tokens)]
             found.append(Block(ids, (len(ids),)))
             wanted, start = wanted - len(ids), start + length
+    if wanted > 0:
+        read = sum(len(block.input_ids) for block in found)
+        context.note(
+            f"instruct.documents is {config.documents}, but the corpus has no more than {read} tokens beside the "
+            f"dialogues' {tokens}: a share of {read / (read + tokens):.2f}. Curate more, or lower instruct.documents."
+        )
     return found
