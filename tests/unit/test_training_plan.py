@@ -62,6 +62,14 @@ def test_packing_loses_nothing_and_fills_blocks():
     assert len(blocks) == 3
 
 
+def test_packing_leaves_hardly_any_room():
+    """First fit among as many open blocks fills 0.976 of these, closing the oldest."""
+    sizes = np.clip(np.random.default_rng(0).lognormal(np.log(400) - 0.32, 0.8, 4000), 8, 1024).astype(int)
+    blocks = pack([_block(size) for size in sizes], block_tokens=1024)
+    assert blocks[0].lengths == pack([_block(size) for size in sizes], block_tokens=1024)[0].lengths
+    assert sizes.sum() / 1024 / len(blocks) > 0.982
+
+
 def test_measurements_end_on_the_last_step_and_resume_states_before_it():
     assert evenly(4, 100, end=True) == {25, 50, 75, 100}
     assert evenly(3, 100, end=False) == {25, 50, 75}

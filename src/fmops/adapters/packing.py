@@ -87,17 +87,21 @@ def collate(blocks: Sequence[Block]) -> dict[str, Any]:
 
 
 def pack(pieces: Sequence[Block], *, block_tokens: int) -> list[Block]:
-    """Put pieces into blocks of at most `block_tokens` tokens, first fit among the last few open blocks."""
+    """Put pieces into blocks of at most `block_tokens` tokens, each where it leaves the least room.
+
+    Of `OPEN_BLOCKS` open ones the fullest is closed when none has room.
+    """
     open_blocks: list[list[Block]] = []
     room: list[int] = []
     done: list[Block] = []
     for piece in pieces:
         size = len(piece.input_ids)
-        place = next((i for i, free in enumerate(room) if free >= size), None)
+        place = min((i for i, free in enumerate(room) if free >= size), key=room.__getitem__, default=None)
         if place is None:
             if len(open_blocks) == OPEN_BLOCKS:
-                done.append(_joined(open_blocks.pop(0)))
-                room.pop(0)
+                fullest = room.index(min(room))
+                done.append(_joined(open_blocks.pop(fullest)))
+                room.pop(fullest)
             open_blocks.append([])
             room.append(block_tokens)
             place = len(room) - 1
