@@ -1,6 +1,6 @@
 """Loss on text and dialogues that training never sees.
 
-Enters: a model, documents or dialogues, each read in a row of its own. Leaves: bits per byte, nats per token.
+Enters: a model, documents, each read in a row of its own, dialogues. Leaves: bits per byte, nats per token.
 Refuses: to disturb training: same arithmetic, no gradients, the mode it found is put back.
 """
 
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from fmops.adapters.linear_loss import CHUNK_BYTES, WITHOUT_LOGITS
 from fmops.adapters.model_files import evaluating, load_tokenizer
-from fmops.adapters.packing import IGNORED, Block, collate
+from fmops.adapters.packing import IGNORED, Block, collate, pack
 from fmops.artifacts import Corpus
 from fmops.integrity import read_lines
 
@@ -108,9 +108,16 @@ def first_dialogues(dialogues: Sequence[D]) -> list[D]:
     return chosen
 
 
-def held_out_loss(dialogues: Sequence[Dialogue], *, dtype: torch.dtype) -> Callable[[Any], dict[str, float]]:
-    """Measures nats a learnt token on the first held-out dialogues."""
+def held_out_loss(
+    dialogues: Sequence[Dialogue], *, dtype: torch.dtype, block_tokens: int | None = None
+) -> Callable[[Any], dict[str, float]]:
+    """Measures nats a learnt token on the first held-out dialogues: together in blocks, or (None) a row each.
+
+    Dialogues are short. A row each, of 43 with 16 tokens to learn, took 20 of 57 CPU seconds of instruction tuning.
+    """
     pieces = [piece_of(dialogue) for dialogue in first_dialogues(dialogues)]
+    if block_tokens is not None:
+        pieces = pack(pieces, block_tokens=block_tokens)
 
     def measure(model: Any) -> dict[str, float]:
         if not pieces:

@@ -77,7 +77,7 @@ def train(
     sizes = [len(block.input_ids) for block in blocks]
     plan = plan_epochs(config, sizes, seed=context.seed)
     micro = micro_batch(plan, sizes, processes=ranks.world()) if packs else 1
-    losses = held_out_loss(held_out, dtype=dtype)
+    losses = held_out_loss(held_out, dtype=dtype, block_tokens=config.block_tokens if packs else None)
     watch = watch_over(plan, config, context, losses=losses, source=source, benchmarks=benchmarks)
     watch.flop_per_token, watch.peak_flop_per_s = work_a_token, peak_flop_per_s(dtype)
     planned = PlannedBlocks(blocks, plan)
