@@ -19,7 +19,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from fmops.adapters.packing import Block, collate
+from fmops.adapters.model_files import evaluating
+from fmops.adapters.packing import Block, collate, on_device
 from fmops.errors import FmopsError
 
 ATTENTION = "fmops-documents"
@@ -52,23 +53,18 @@ def attend_by_document(model: Any, *, note: Callable[[str], None]) -> bool:
     return False
 
 
-@torch.no_grad()
 def keeps_documents_apart(model: Any) -> bool:
     """Whether a document's logits are the same whatever stands before it in a packed row: tried on two short ones.
 
     Recurrent and convolutional layers run through the whole row, and so does attention that makes a mask of its own.
     """
-    words = model.get_input_embeddings().weight
-    training, length = model.training, 10
-    model.eval()
-    found = []
-    for start in (3, 3 + 2 * length):
-        ids = np.array([*range(start, start + length), *range(3 + length, 3 + 2 * length)]) % len(words)
-        batch = collate([Block(ids.astype(np.int32), (length, length))])
-        batch = {key: value.to(words.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        del batch["labels"]
-        found.append(model(**batch).logits[0, length:])
-    model.train(training)
+    vocabulary, length, found = len(model.get_input_embeddings().weight), 10, []
+    with evaluating(model, dtype=torch.float32) as device:
+        for start in (3, 3 + 2 * length):
+            ids = np.array([*range(start, start + length), *range(3 + length, 3 + 2 * length)]) % vocabulary
+            row = on_device(collate([Block(ids.astype(np.int32), (length, length))]), device)
+            del row["labels"]
+            found.append(model(**row).logits[0, length:])
     return bool((found[0] - found[1]).abs().max() <= SEEN * found[0].abs().max())
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from fmops.adapters.linear_loss import CHUNK_BYTES, WITHOUT_LOGITS
 from fmops.adapters.model_files import evaluating, load_tokenizer
-from fmops.adapters.packing import IGNORED, Block, collate, pack
+from fmops.adapters.packing import IGNORED, Block, collate, on_device, pack
 from fmops.artifacts import Corpus
 from fmops.integrity import read_lines
 
@@ -138,7 +138,7 @@ def summed_nats(model: Any, batches: Iterable[dict[str, Any]], *, dtype: torch.d
     nats, tokens = 0.0, 0
     with evaluating(model, dtype=dtype) as device:
         for batch in batches:
-            row = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            row = on_device(batch, device)
             learnt = (row["labels"][0, 1:] != IGNORED).nonzero()[:, 0]
             tokens += len(learnt)
             if not len(learnt):

@@ -86,6 +86,11 @@ def collate(blocks: Sequence[Block]) -> dict[str, Any]:
     }
 
 
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A collated batch with its tensors on `device`; what else it says of its rows stays."""
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
 def pack(pieces: Sequence[Block], *, block_tokens: int) -> list[Block]:
     """Put pieces into blocks of at most `block_tokens` tokens, each where it leaves the least room.
 
