@@ -33,8 +33,9 @@ from fmops.artifacts import EvalReport, Judged
 from fmops.evaluation import spending, statistics
 from fmops.evaluation.evidence import Evidence, Pairs, gather
 from fmops.evaluation.gate import GUARD, POWER, decide
-from fmops.evaluation.protocol import PinnedTask, digest, pin, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import PinnedTask, digest, pin, write_json, write_lines
 from fmops.evaluation.suites import Suite, load_suite
+from fmops.integrity import read_lines
 
 ALPHA = 0.05
 RESULTS = Path(__file__).parent / "results"

@@ -20,8 +20,9 @@ from fmops.adapters.lm_eval_scorer import BATCH_TOLERANCE, SharedPrefixLM
 from fmops.artifacts import EvalReport
 from fmops.errors import FmopsError
 from fmops.evaluation.evidence import gather
-from fmops.evaluation.protocol import Protocol, pin, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import Protocol, pin, prompts_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
+from fmops.integrity import read_lines
 
 TOLERANCE = 1e-4
 SENTENCE = "the class object returns a value when called with no arguments and raises an error otherwise"

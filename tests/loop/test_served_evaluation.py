@@ -18,8 +18,9 @@ from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.evidence import gather
 from fmops.evaluation.gate import gate
 from fmops.evaluation.journal import Journal
-from fmops.evaluation.protocol import Protocol, pin, read_lines, scorers_digest, write_json, write_lines
+from fmops.evaluation.protocol import Protocol, pin, scorers_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
+from fmops.integrity import read_lines
 from fmops.jobs import EvaluateJob, GateJob
 from fmops.stage import StageContext
 from tests.loop.test_serving import running

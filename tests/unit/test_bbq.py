@@ -24,9 +24,9 @@ from fmops.evaluation.benchmarks import prepare_benchmarks
 from fmops.evaluation.compare import lay_side_by_side
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.evidence import gather
-from fmops.evaluation.protocol import read_lines
 from fmops.evaluation.statistics import counted_mean, nearer_to_zero
 from fmops.evaluation.suites import check_together, load_suite, read_suite
+from fmops.integrity import read_lines
 from fmops.jobs import BenchmarksJob, EvaluateJob
 from fmops.orchestration.evaluate import render_evaluation
 from fmops.orchestration.report_parts import score_rows

@@ -16,8 +16,9 @@ from fmops.artifacts import Benchmarks, Checkpoint, Corpus
 from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.gate import gate
-from fmops.evaluation.protocol import PACKAGE, SCORERS, pin, read_lines, scorers_digest, write_json, write_lines
+from fmops.evaluation.protocol import PACKAGE, SCORERS, pin, scorers_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
+from fmops.integrity import read_lines
 from fmops.jobs import EvaluateJob, GateJob
 from fmops.stage import StageContext
 

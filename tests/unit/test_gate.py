@@ -15,8 +15,9 @@ from fmops.artifacts import Conversations, EvalReport
 from fmops.errors import FmopsError
 from fmops.evaluation.evidence import Evidence, Pairs
 from fmops.evaluation.gate import decide, gate
-from fmops.evaluation.protocol import PinnedTask, Protocol, digest, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import PinnedTask, Protocol, digest, prompts_digest, write_json, write_lines
 from fmops.evaluation.suites import TaskConfig
+from fmops.integrity import read_lines
 from fmops.jobs import GateJob
 
 MARGIN = 0.1

@@ -14,8 +14,9 @@ from fmops.artifacts import EvalReport
 from fmops.errors import FmopsError
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.judge import Pair, ask_judge, collect, read_labels, read_reply, to_label, weigh
-from fmops.evaluation.protocol import Protocol, pin, prompts_digest, read_lines, write_json, write_lines
+from fmops.evaluation.protocol import Protocol, pin, prompts_digest, write_json, write_lines
 from fmops.evaluation.suites import load_suite
+from fmops.integrity import read_lines
 from fmops.lifecycle import Judge
 from fmops.orchestration.compare import judge_answers, told_preference
 from fmops.orchestration.project import Project

@@ -19,9 +19,10 @@ from fmops.artifacts import Benchmarks, Checkpoint
 from fmops.errors import FmopsError
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.outside import Order, OutsideFailed, run_outside
-from fmops.evaluation.protocol import pin, read_lines, write_json
+from fmops.evaluation.protocol import pin, write_json
 from fmops.evaluation.suites import Suite, SuiteTask
 from fmops.frameworks import executable
+from fmops.integrity import read_lines
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 

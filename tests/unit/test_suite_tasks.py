@@ -21,8 +21,9 @@ from fmops.evaluation.checks import CHECKS, followed
 from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.evaluate import evaluate
 from fmops.evaluation.items import read_items
-from fmops.evaluation.protocol import pin, read_lines
+from fmops.evaluation.protocol import pin
 from fmops.evaluation.suites import check_together, load_suite, packaged_texts, suite_names, suite_sources
+from fmops.integrity import read_lines
 from fmops.jobs import BenchmarksJob, EvaluateJob
 
 BLIMP = Path(os.environ.get("FMOPS_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

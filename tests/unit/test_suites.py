@@ -15,8 +15,9 @@ from fmops.artifacts import Source, SourceFile
 from fmops.errors import FmopsError
 from fmops.evaluation.benchmarks import prepare_benchmarks
 from fmops.evaluation.items import choose, odd, read_items
-from fmops.evaluation.protocol import PinnedTask, read_lines
+from fmops.evaluation.protocol import PinnedTask
 from fmops.evaluation.suites import PACKAGED, load_suite, read_suite, suite_names, suite_sources
+from fmops.integrity import read_lines
 from fmops.jobs import BenchmarksJob
 from fmops.lifecycle import FAMILIES
 

@@ -36,9 +36,9 @@ from fmops.adapters.watched_suites import read_watched, with_suites
 from fmops.data.contamination import read_contamination
 from fmops.errors import FmopsError, SpecMistake
 from fmops.evaluation.evaluate import evaluate
-from fmops.evaluation.protocol import read_lines
 from fmops.finetuning.align import align
 from fmops.finetuning.instruct import instruct
+from fmops.integrity import read_lines
 from fmops.jobs import BenchmarksJob, EvaluateJob
 from fmops.lifecycle import Align, Instruct, Lifecycle, Pretrain
 from fmops.orchestration.graph import build

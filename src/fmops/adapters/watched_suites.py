@@ -27,7 +27,8 @@ from fmops.adapters.trainer import Watch
 from fmops.artifacts import Benchmarks
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
-from fmops.evaluation.protocol import PinnedTask, read_lines
+from fmops.evaluation.protocol import PinnedTask
+from fmops.integrity import read_lines
 from fmops.lifecycle import Measured
 from fmops.stage import StageContext
 

@@ -16,9 +16,10 @@ from typing import Any
 from fmops.artifacts import EvalReport
 from fmops.evaluation import gate
 from fmops.evaluation.evidence import Pairs
-from fmops.evaluation.protocol import PinnedTask, Protocol, read_lines
+from fmops.evaluation.protocol import PinnedTask, Protocol
 from fmops.evaluation.statistics import clustered_mean, counted_mean, nearer_to_zero, one_sided_bounds
 from fmops.evaluation.suites import BIAS_METRICS
+from fmops.integrity import read_lines
 
 SMALLEST_SLICE = 10
 MOST_VALUES = 80

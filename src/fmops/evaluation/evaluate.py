@@ -20,19 +20,12 @@ from fmops.evaluation.cloze import make_questions
 from fmops.evaluation.items import choose, most
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.outside import run_outside
-from fmops.evaluation.protocol import (
-    PinnedTask,
-    Protocol,
-    prompts_digest,
-    read_lines,
-    scorers_digest,
-    write_json,
-    write_lines,
-)
+from fmops.evaluation.protocol import PinnedTask, Protocol, prompts_digest, scorers_digest, write_json, write_lines
 from fmops.evaluation.scoring import helpers, score
 from fmops.evaluation.statistics import counted_mean
 from fmops.evaluation.suites import BIAS_METRICS
 from fmops.frameworks import executable
+from fmops.integrity import read_lines
 from fmops.jobs import EvaluateJob
 from fmops.stage import StageContext
 

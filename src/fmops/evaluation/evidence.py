@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fmops.artifacts import EvalReport
-from fmops.evaluation.protocol import PinnedTask, Protocol, digest, prompts_digest, read_lines
+from fmops.evaluation.protocol import PinnedTask, Protocol, digest, prompts_digest
+from fmops.integrity import read_lines
 
 Sample = dict[str, Any]
 Key = tuple[str, str, str]

@@ -27,8 +27,8 @@ from fmops.artifacts import (
 from fmops.errors import unknown
 from fmops.evaluation import spending, statistics
 from fmops.evaluation.evidence import Breach, Evidence, Pairs, gather
-from fmops.evaluation.protocol import digest, read_lines, write_json
-from fmops.integrity import sha256
+from fmops.evaluation.protocol import digest, write_json
+from fmops.integrity import read_lines, sha256
 from fmops.jobs import GateJob
 from fmops.stage import StageContext
 

@@ -21,8 +21,9 @@ from fmops.evaluation.compare import asked_text, documents_of
 from fmops.evaluation.items import choose
 from fmops.evaluation.journal import Journal
 from fmops.evaluation.judged import FEWEST_LABELS, Powered, powered_mean, preference
-from fmops.evaluation.protocol import PinnedTask, Protocol, digest, read_lines
+from fmops.evaluation.protocol import PinnedTask, Protocol, digest
 from fmops.evaluation.statistics import clustered_mean, mcnemar_p, one_sided_bounds
+from fmops.integrity import read_lines
 
 MOST_PAIRS = 200
 AT_ONCE = 4

@@ -14,7 +14,6 @@ from typing import Any
 
 from fmops.artifacts import Frozen
 from fmops.evaluation.suites import Suite, TaskConfig
-from fmops.integrity import read_lines as read_lines
 from fmops.integrity import sha256
 
 PACKAGE = Path(__file__).parents[1]
